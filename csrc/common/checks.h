@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// Argument checks. A message says which argument, what was expected and what was found.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+namespace detr_fast {
+
+using torch::stable::Tensor;
+
+constexpr int64_t kAnySize = -1;
+
+// "(*, 4)" for {kAnySize, 4}
+template <typename Sizes>
+std::string shape_string(const Sizes& sizes) {
+  std::ostringstream text;
+  const char* separator = "(";
+  for (const int64_t size : sizes) {
+    text << separator;
+    size == kAnySize ? text << "*" : text << size;
+    separator = ", ";
+  }
+  text << (sizes.size() == 0 ? "()" : sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline void check_shape(const Tensor& tensor, const char* name,
+                        std::initializer_list<int64_t> expected) {
+  const auto sizes = tensor.sizes();
+  const bool fits =
+      std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end(),
+                 [](int64_t size, int64_t wanted) { return wanted == kAnySize || size == wanted; });
+  STD_TORCH_CHECK(fits, name, ": expected shape ", shape_string(expected), ", got ",
+                  shape_string(sizes));
+}
+
+inline std::string device_string(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "other:") + std::to_string(tensor.get_device_index());
+}
+
+// Checks that `tensor` has the element type and the device of `model`.
+inline void check_alike(const Tensor& tensor, const char* name, const Tensor& model,
+                        const char* model_name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), name, ": expected the dtype of ",
+                  model_name, ", ", model.scalar_type(), ", got ", tensor.scalar_type());
+  STD_TORCH_CHECK(tensor.device() == model.device(), name, ": expected the device of ", model_name,
+                  ", ", device_string(model), ", got ", device_string(tensor));
+}
+
+}  // namespace detr_fast

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled libraries, tells which of them run, and puts the reference in their place."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+
+try:
+    import detr_fast._C as _C
+except ImportError as error:
+    raise ImportError(
+        f"the compiled part of detr_fast does not load under torch {torch.__version__}: {error}.\n"
+        "In a checkout, build it with `uv sync` or `pip install -e . --no-build-isolation`. If "
+        "detr_fast is installed elsewhere, do not run Python from the checkout's root."
+    ) from error
+
+
+def _load_cuda() -> str | None:
+    """Load ``_C_cuda``; return why there is none."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    spec = find_spec("detr_fast._C_cuda")
+    if spec is None or _C.build.startswith("without"):  # an older build may have left one
+        return f"built {_C.build}"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        warnings.warn(f"detr_fast runs without its CUDA kernels: {error}", stacklevel=2)
+        return str(error)
+    return None
+
+
+_why_no_cuda = _load_cuda()
+_reference_in_use = False
+
+
+def backend() -> dict[str, str]:
+    """Tell what runs the ops on each type of device, and why.
+
+    Returns:
+        dict[str, str]: for ``"cpu"`` and ``"cuda"``, ``"compiled"`` or ``"reference"`` with how
+        the package was built, or ``"none"`` with the reason.
+
+    Example:
+        >>> detr_fast.ops.backend()  # doctest: +SKIP
+        {'cpu': 'compiled (with CUDA 13.0 for 9.0+PTX)', 'cuda': 'compiled (...)'}
+    """
+    name = "reference" if _reference_in_use else "compiled"
+    here = f"{name} ({_C.build})"
+    no_cuda = _why_no_cuda and not _reference_in_use
+    return {"cpu": here, "cuda": f"none ({_why_no_cuda})" if no_cuda else here}
+
+
+@contextmanager
+def use_reference() -> Iterator[None]:
+    """Within this context every op runs its reference twin, in all threads.
+
+    Example:
+        >>> with detr_fast.ops.use_reference():  # doctest: +SKIP
+        ...     expected = detr_fast.generalized_box_iou(boxes1, boxes2)
+    """
+    global _reference_in_use
+    before, _reference_in_use = _reference_in_use, True
+    try:
+        yield
+    finally:
+        _reference_in_use = before
+
+
+def with_reference(reference: Callable) -> Callable[[Callable], Callable]:
+    """Decorate an op with its reference twin, which :func:`use_reference` calls instead."""
+
+    def decorate(op: Callable) -> Callable:
+        @functools.wraps(op)
+        def run(*args, **kwargs):
+            return (reference if _reference_in_use else op)(*args, **kwargs)
+
+        return run
+
+    return decorate
