@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation: losses, detections and COCO AP over a data set."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from detr_fast.criterion import SetCriterion
+from detr_fast.engine.log import MetricLogger, SmoothedValue
+from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
+from detr_fast.models.postprocess import PostProcess
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found: averaged metrics, COCO AP, and some detections to draw."""
+
+    metrics: dict[str, float]
+    result: CocoResult
+    samples: list[dict[str, Tensor]]  # detections of the first images of the data set
+
+
+def to_device(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
+    """Copy the tensors of all targets to ``device``."""
+    return [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
+
+
+def weighted_losses(
+    losses: dict[str, Tensor], weights: dict[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total loss, and all terms under the names that DETR logs them with.
+
+    Returns:
+        tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
+        name, and every term unweighted as ``<name>_unscaled``.
+    """
+    scaled = {name: loss * weights[name] for name, loss in losses.items() if name in weights}
+    unscaled = {f"{name}_unscaled": loss.detach() for name, loss in losses.items()}
+    total = torch.stack(list(scaled.values())).sum()
+    return total, {name: loss.detach() for name, loss in scaled.items()} | unscaled
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    criterion: SetCriterion,
+    loader: DataLoader,
+    device: torch.device,
+    *,
+    evaluator: str = "hotcoco",
+    print_freq: int = 10,
+    keep: int = 12,
+) -> Evaluation:
+    """Run the model over all batches and score its detections.
+
+    Args:
+        model (nn.Module): DETR.
+        criterion (SetCriterion): for the losses in the log.
+        loader (DataLoader): of a data set with ``ground_truth``, in its order.
+        device (torch.device): where the model is.
+        evaluator (str): ``"hotcoco"`` or ``"pycocotools"``.
+        print_freq (int): batches between two lines of the log.
+        keep (int): how many images' detections to return.
+    """
+    model.eval()
+    criterion.eval()
+    log = MetricLogger(delimiter="  ")
+    log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    scores = CocoEvaluator(loader.dataset.ground_truth, evaluator=evaluator)
+    postprocess = PostProcess()
+    samples: list[dict[str, Tensor]] = []
+    for images, targets in log.log_every(loader, print_freq, "Test:"):
+        targets = to_device(targets, device)
+        outputs = model(images.to(device))
+        losses = criterion(outputs, targets)
+        total, terms = weighted_losses(losses, criterion.weight_dict)
+        log.update(class_error=losses["class_error"], loss=total, **terms)
+        detections = postprocess(outputs, torch.stack([t["orig_size"] for t in targets]))
+        scores.update({int(t["image_id"]): d for t, d in zip(targets, detections, strict=True)})
+        samples += [{k: v.cpu() for k, v in d.items()} for d in detections[: keep - len(samples)]]
+    log.say(f"Averaged stats: {log}")
+    result = scores.summarize()
+    log.say(result.table())
+    return Evaluation(log.averages(), result, samples)

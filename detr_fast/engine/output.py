@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves in its output folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from detr_fast.engine.evaluate import Evaluation
+from detr_fast.engine.log import JsonLog
+from detr_fast.models.checkpoint import write_checkpoint
+from detr_fast.visualize import draw_detections, plot_training_curves
+
+
+class OutputFolder:
+    """The folder of ``--output_dir``; with an empty name nothing is written.
+
+    ``log.txt`` (a JSON object per epoch), ``checkpoint.pth`` (the last epoch),
+    ``checkpoint_best.pth`` (the highest AP), ``checkpointNNNN.pth`` (milestones),
+    ``eval/latest.pth`` and ``eval/NNN.pth`` (precision and recall), ``curves.png`` and
+    ``detections.png``. Every file is complete at any time: it is written aside, then renamed.
+    """
+
+    def __init__(self, path: str, start_epoch: int = 0) -> None:
+        self.path = Path(path) if path else None
+        if self.path:
+            (self.path / "eval").mkdir(parents=True, exist_ok=True)
+            self._log = JsonLog(self.path / "log.txt", start_epoch=start_epoch)
+
+    def write_log(self, record: dict[str, Any]) -> None:
+        """Append one epoch to ``log.txt`` and draw the curves anew."""
+        if self.path:
+            self._log.append(record)
+            plot_training_curves(self.path / "log.txt", self.path / "curves.png")
+
+    def write_checkpoint(self, state: dict[str, Any], *names: str) -> None:
+        """Write ``checkpoint.pth`` and its copies ``checkpoint<name>.pth``."""
+        if self.path:
+            for name in ("", *names):
+                write_checkpoint(state, self.path / f"checkpoint{name}.pth")
+
+    def write_evaluation(self, evaluation: Evaluation, *names: str) -> None:
+        """Write precision and recall to each ``<name>.pth``."""
+        if self.path:
+            for name in names:
+                write_checkpoint(evaluation.result.eval, self.path / f"{name}.pth")
+
+    def write_detections(self, evaluation: Evaluation) -> None:
+        """Write all detections in COCO's result format to ``detections.json``."""
+        if self.path:
+            with (self.path / "detections.json").open("w") as file:
+                json.dump(evaluation.result.detections, file)
+
+    def draw(self, dataset: Dataset, evaluation: Evaluation) -> None:
+        """Draw the detections of the first images, with the annotated boxes, in one picture."""
+        if not self.path:
+            return
+        count = len(evaluation.samples)
+        truth = [dataset.annotated_boxes(i) for i in range(count)]
+        draw_detections(
+            [dataset.load_image(i) for i in range(count)],
+            evaluation.samples,
+            dataset.class_names,
+            self.path / "detections.png",
+            targets=truth,
+        )
