@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation: losses, detections and COCO AP over a data set."""
 
-from typing import NamedTuple
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from detr_fast.config import Config
 from detr_fast.criterion import SetCriterion
-from detr_fast.engine.log import MetricLogger, SmoothedValue
+from detr_fast.engine.build import (
+    build_criterion,
+    build_dataset,
+    build_device,
+    build_loader,
+    build_model,
+)
+from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
+from detr_fast.models.checkpoint import write_checkpoint
 from detr_fast.models.postprocess import PostProcess
 
 
@@ -83,3 +94,33 @@ def evaluate(
     result = scores.summarize()
     log.say(result.table())
     return Evaluation(log.averages(), result, samples)
+
+
+def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluation:
+    """Evaluate as the flags say; write ``eval.pth`` and ``detections.json`` where they ask for it.
+
+    Args:
+        config (Config): the flags.
+        checkpoint (dict): the content of the file of ``--resume``.
+    """
+    device = build_device(config)
+    dataset = build_dataset("val", config)
+    model, _ = build_model(config, checkpoint, dataset.class_names, dataset.num_classes)
+    evaluation = evaluate(
+        model.to(device),
+        build_criterion(config, dataset.num_classes).to(device),
+        build_loader(dataset, config, device, shuffle=False),
+        device,
+        evaluator=config.evaluator,
+        print_freq=config.print_freq,
+    )
+    if config.per_class:
+        for name, ap in evaluation.result.per_class().items():
+            say(f"{name:>24}  {ap}")
+    if config.output_dir:
+        output = Path(config.output_dir)
+        output.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(evaluation.result.eval, output / "eval.pth")
+        if config.save_json:
+            (output / "detections.json").write_text(json.dumps(evaluation.result.detections))
+    return evaluation

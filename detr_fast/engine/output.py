@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves in its output folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.utils.data import Dataset
 from detr_fast.engine.evaluate import Evaluation
 from detr_fast.engine.log import JsonLog
 from detr_fast.models.checkpoint import write_checkpoint
+from detr_fast.reference.boxes import box_cxcywh_to_xyxy
 from detr_fast.visualize import draw_detections, plot_training_curves
 
 
@@ -41,28 +41,28 @@ class OutputFolder:
             for name in ("", *names):
                 write_checkpoint(state, self.path / f"checkpoint{name}.pth")
 
-    def write_evaluation(self, evaluation: Evaluation, *names: str) -> None:
-        """Write precision and recall to each ``<name>.pth``."""
+    def write_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
+        """Write precision and recall to ``eval/latest.pth``; every 50 epochs keep ``NNN.pth``."""
         if self.path:
-            for name in names:
-                write_checkpoint(evaluation.result.eval, self.path / f"{name}.pth")
-
-    def write_detections(self, evaluation: Evaluation) -> None:
-        """Write all detections in COCO's result format to ``detections.json``."""
-        if self.path:
-            with (self.path / "detections.json").open("w") as file:
-                json.dump(evaluation.result.detections, file)
+            for name in ("latest", f"{epoch:03}") if epoch % 50 == 0 else ("latest",):
+                write_checkpoint(evaluation.result.eval, self.path / "eval" / f"{name}.pth")
 
     def draw(self, dataset: Dataset, evaluation: Evaluation) -> None:
         """Draw the detections of the first images, with the annotated boxes, in one picture."""
         if not self.path:
             return
-        count = len(evaluation.samples)
-        truth = [dataset.annotated_boxes(i) for i in range(count)]
+        pictures = [dataset.load_image(i) for i in range(len(evaluation.samples))]
+        targets = []
+        for index, picture in enumerate(pictures):
+            target = dataset[index][1]
+            height, width = picture.shape[-2:]
+            boxes = box_cxcywh_to_xyxy(target["boxes"])
+            boxes *= torch.tensor([width, height, width, height])
+            targets.append({"labels": target["labels"], "boxes": boxes})
         draw_detections(
-            [dataset.load_image(i) for i in range(count)],
+            pictures,
             evaluation.samples,
             dataset.class_names,
             self.path / "detections.png",
-            targets=truth,
+            targets=targets,
         )

@@ -6,8 +6,8 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +24,10 @@ from detr_fast.engine.build import (
     build_loader,
     build_model,
 )
-from detr_fast.engine.evaluate import Evaluation, evaluate, to_device, weighted_losses
-from detr_fast.engine.log import JsonLog, MetricLogger, SmoothedValue
+from detr_fast.engine.evaluate import evaluate, to_device, weighted_losses
+from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.engine.optim import build_optimizer, build_schedule
-from detr_fast.models.checkpoint import write_checkpoint
+from detr_fast.engine.output import OutputFolder
 
 
 class TrainingDivergedError(RuntimeError):
@@ -101,22 +101,108 @@ def train_one_epoch(
 
 
 def is_milestone(epoch: int, lr_drop: int) -> bool:
-    """Whether the checkpoint of this epoch is kept: before a drop of the learning rate, every 100."""
+    """Whether this epoch's checkpoint is kept: before the learning rate drops, and every 100."""
     return (epoch + 1) % lr_drop == 0 or (epoch + 1) % 100 == 0
 
 
-def fit(config: Config, checkpoint: dict[str, Any] | None, say) -> int:
-    """Train as the flags say, evaluate after each epoch, and leave everything in the output folder.
+def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
+    """Train as the flags say, evaluate after each epoch, leave everything in the output folder.
 
     Args:
         config (Config): the flags.
-        checkpoint (dict, optional): that of ``--resume``.
+        checkpoint (dict, optional): the content of the file of ``--resume``.
 
     Returns:
-        int: exit code; 130 after Ctrl-C.
+        int: exit code of the program; 130 after Ctrl-C.
     """
     device = build_device(config)
     train_set, val_set = (build_dataset(name, config) for name in ("train", "val"))
-    model, architecture = build_model(
-        config, checkpoint, train_set.class_names, train_set.num_classes
+    names, num_classes = train_set.class_names, train_set.num_classes
+    model, architecture = build_model(config, checkpoint, names, num_classes)
+    model.to(device)
+    criterion = build_criterion(config, num_classes).to(device)
+    optimizer = build_optimizer(
+        model, lr=config.lr, lr_backbone=config.lr_backbone, weight_decay=config.weight_decay
     )
+    schedule = build_schedule(optimizer, config.lr_drop)
+    start_epoch, best = config.start_epoch, -1.0
+    if checkpoint and "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["lr_scheduler"])
+        start_epoch, best = checkpoint["epoch"] + 1, checkpoint.get("best_ap", best)
+    train_loader = build_loader(train_set, config, device, shuffle=True)
+    val_loader = build_loader(val_set, config, device, shuffle=False)
+    output = OutputFolder(config.output_dir, start_epoch)
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"number of params: {parameters}")
+    if start_epoch >= config.epochs:
+        say(f"nothing to train: {config.resume} has seen {start_epoch} of --epochs {config.epochs}")
+
+    def state(epoch: int) -> dict[str, Any]:
+        return {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "lr_scheduler": schedule.state_dict(),
+            "epoch": epoch,
+            "best_ap": best,
+            "args": config.as_dict(),
+            "model_config": asdict(architecture),
+            "class_names": names,
+        }
+
+    began = time.perf_counter()
+    with StopRequest().listening() as stop:
+        for epoch in range(start_epoch, config.epochs):
+            train_metrics = train_one_epoch(
+                model,
+                criterion,
+                train_loader,
+                optimizer,
+                device,
+                epoch,
+                clip_max_norm=config.clip_max_norm,
+                print_freq=config.print_freq,
+                stop=stop,
+            )
+            if stop.made:  # the epoch counts as not begun: --resume repeats it from these weights
+                output.write_checkpoint(state(epoch - 1))
+                break
+            schedule.step()
+            evaluation = evaluate(
+                model,
+                criterion,
+                val_loader,
+                device,
+                evaluator=config.evaluator,
+                print_freq=config.print_freq,
+            )
+            ap = evaluation.result.stats[0]
+            copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop) else []
+            if ap > best:
+                best = ap
+                copies.append("_best")
+            output.write_checkpoint(state(epoch), *copies)
+            output.write_evaluation(epoch, evaluation)
+            output.draw(val_set, evaluation)
+            output.write_log(
+                {
+                    **{f"train_{name}": value for name, value in train_metrics.items()},
+                    **{f"test_{name}": value for name, value in evaluation.metrics.items()},
+                    "test_coco_eval_bbox": evaluation.result.stats,
+                    "epoch": epoch,
+                    "n_parameters": parameters,
+                }
+            )
+            if stop.made:
+                break
+    say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
+    if output.path:
+        say(f"{output.path}: {', '.join(sorted(p.name for p in output.path.iterdir()))}")
+    if stop.made:
+        say(
+            f"stopped; continue with --resume {output.path}/checkpoint.pth"
+            if output.path
+            else "stopped"
+        )
+        return 130
+    return 0
