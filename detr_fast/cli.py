@@ -72,9 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(version("detr-fast"))
         return 0
     if command in ("-h", "--help"):
-        say(
-            "usage: detr-fast {train,eval} [flags]\n\n  detr-fast train --help\n  detr-fast eval --help"
-        )
+        say("usage: detr-fast {train,eval} [flags]; flags: detr-fast train --help")
         return 0
     _complain(UsageError(f"detr-fast: expected train or eval, got {command!r}"))
     return 2
