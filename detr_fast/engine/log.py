@@ -43,7 +43,7 @@ def _terminal_bar(stream: TextIO) -> Any:
     if not stream.isatty():
         return None
     try:
-        from tqdm import tqdm
+        from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return None
     return tqdm
@@ -164,6 +164,10 @@ class MetricLogger:
                 )
             self.meters[name].update(value)
 
+    def say(self, line: str) -> None:
+        """Write a line where those of `log_every` go, above its progress bar."""
+        say(line, self.stream)
+
     def averages(self) -> dict[str, float]:
         """The mean of each meter over all its values: what ``log.txt`` holds of an epoch."""
         SmoothedValue.read(self.meters.values())
@@ -212,14 +216,14 @@ class MetricLogger:
                     parts += [f"time: {step_time}", f"data: {data_time}"]
                     if torch.cuda.is_initialized():
                         parts.append(f"max mem: {torch.cuda.max_memory_allocated() / 2**20:.0f}")
-                    say(self.delimiter.join(parts), self.stream)
+                    self.say(self.delimiter.join(parts))
                 last = perf_counter()
         finally:
             if bar is not None:
                 bar.close()
         took = perf_counter() - start
         pace = f"({took / max(length, 1):.4f} s / it)"
-        say(f"{header} Total time: {timedelta(seconds=int(took))} {pace}", self.stream)
+        self.say(f"{header} Total time: {timedelta(seconds=int(took))} {pace}")
 
 
 class JsonLog:
