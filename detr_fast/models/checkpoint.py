@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint files: read without running what is in them, written whole or not at all."""
+
+import argparse
+import os
+import re
+import urllib.error
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.models.model_config import ModelConfig
+
+SHOWN = 5  # keys named in full in a message
+FIELDS = {field.name for field in fields(ModelConfig)}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read or does not fit; the message names the file and the remedy."""
+
+
+def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Only tensors, plain containers and ``argparse.Namespace`` (of the original's ``args``) are
+    taken; nothing that the file brings along is executed (``torch.load`` with ``weights_only``).
+
+    Args:
+        source (str | PathLike): a path or an ``https://`` address. A download is kept in torch
+            hub's folder; where its file name ends in ``-<hash>.pth``, the SHA-256 must match.
+
+    Returns:
+        dict: what was saved.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is no checkpoint, or not a safe one.
+    """
+    source = os.fspath(source)
+    address = re.match(r"(\w+)://", source)
+    if address is None:
+        return _load(Path(source))
+    if address[1] != "https":
+        raise CheckpointError(f"{source}: checkpoints are fetched by https:// only")
+    return _load(_download(source))
+
+
+def _download(url: str) -> Path:
+    name = Path(urlparse(url).path).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = re.search(r"-([a-f0-9]+)\.", name)
+    try:
+        torch.hub.download_url_to_file(url, str(path), digest and digest[1])
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        raise CheckpointError(
+            f"{url}: download failed ({error}). Fetch the file elsewhere and save it as {path}"
+        ) from error
+    return path
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file: check the path")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a broken file can fail in any line of the reader
+        raise CheckpointError(f"{path}: {_why_unreadable(path, error)}") from error
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(
+            f"{path}: expected a dict with the key 'model' or a state dict, "
+            f"found a {type(checkpoint).__name__}: save model.state_dict()"
+        )
+    return checkpoint
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    if isinstance(error, PermissionError):
+        return "no permission to read the file"
+    if path.suffix == ".safetensors":
+        return (
+            "a safetensors file: read it with safetensors.torch.load_file and convert it with "
+            "detr_fast.models.checkpoint.from_transformers"
+        )
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if refused:
+        return (
+            f"refused, nothing of it was run: it holds {refused[1]}, and only tensors, plain "
+            "containers and argparse.Namespace are safe to read. If you trust its author, load it "
+            "with torch.load(path, weights_only=False) and save its state dict anew"
+        )
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return f"not a checkpoint or a damaged one ({reason}): copy or download it again"
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint so that ``path`` holds the old file or the new one, never a part.
+
+    Args:
+        checkpoint (Mapping): what ``torch.save`` takes; for :func:`read_checkpoint` to read it,
+            tensors and plain containers.
+        path (str | PathLike): the file, in an existing folder.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; the old file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Load weights into a model; every key and shape must fit.
+
+    ``num_batches_tracked`` of batch norms is ignored, a ``module.`` prefix
+    (``DistributedDataParallel``) is taken off.
+
+    Args:
+        model (nn.Module): the model; it stays as it was if something does not fit.
+        state_dict (Mapping[str, Tensor]): its weights under facebookresearch/detr's names.
+
+    Raises:
+        CheckpointError: names the keys that are missing, unexpected or of another shape.
+    """
+    state = {
+        key.removeprefix("module."): value
+        for key, value in state_dict.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    own = model.state_dict()
+    problems = _differences(own, state)
+    if not problems:
+        model.load_state_dict(state)
+        return
+    if any(key.startswith("detr.") for key in state):
+        problems.append("this is a panoptic model, whose heads are not in this version")
+    elif any(key.startswith("model.") for key in state):
+        problems.append("for weights of transformers' DetrForObjectDetection use from_transformers")
+    else:
+        problems.append("build the model with the architecture of the checkpoint")
+    raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))
+
+
+def _differences(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    mismatched = [
+        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    groups = (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched))
+    return [f"{len(keys)} {name} ({_shorten(keys)})" for name, keys in groups if keys]
+
+
+def _shorten(keys: list[str]) -> str:
+    rest = len(keys) - SHOWN
+    return ", ".join(keys[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def model_config_from_checkpoint(checkpoint: Mapping[str, Any]) -> ModelConfig | None:
+    """Tell which architecture a checkpoint belongs to.
+
+    From its ``model_config`` (written by this project); else from the shapes of its weights, with
+    ``args`` of the original for what shapes do not show (dilation, heads, dropout). Without
+    ``args`` those have their defaults.
+
+    Args:
+        checkpoint (Mapping): of :func:`read_checkpoint`; or a bare state dict.
+
+    Returns:
+        ModelConfig | None: None if these are no weights of a DETR.
+
+    Raises:
+        CheckpointError: if ``model_config`` has fields that this version does not know.
+    """
+    if "model_config" in checkpoint:
+        values = checkpoint["model_config"]
+        unknown = sorted(set(values) - FIELDS)
+        if unknown:
+            raise CheckpointError(
+                f"model_config: unknown fields {', '.join(unknown)}: "
+                "the checkpoint was written by a newer detr_fast"
+            )
+        return ModelConfig(**values)
+    shown = _fields_from_shapes(checkpoint.get("model", checkpoint))
+    if shown is None:
+        return None
+    args = checkpoint.get("args", {})
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    return ModelConfig(**{key: args[key] for key in FIELDS & set(args)} | shown)
+
+
+def _fields_from_shapes(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the fields of ModelConfig that names and shapes of weights show."""
+    needed = ("class_embed.weight", "query_embed.weight", "backbone.0.body.layer3.5.conv1.weight")
+    if not all(key in state for key in needed):
+        return None
+
+    def depth(stack: str) -> int:
+        layer = re.compile(rf"transformer\.{stack}\.layers\.(\d+)\.")
+        numbers = [int(found[1]) for key in state if (found := layer.match(key))]
+        return max(numbers, default=-1) + 1
+
+    shown = {
+        "num_classes": len(state["class_embed.weight"]) - 1,
+        "num_queries": len(state["query_embed.weight"]),
+        "hidden_dim": state["query_embed.weight"].shape[1],
+        "enc_layers": depth("encoder"),
+        "dec_layers": depth("decoder"),
+        "backbone": "resnet101"
+        if "backbone.0.body.layer3.22.conv1.weight" in state
+        else "resnet50",
+        "position_embedding": "learned" if "backbone.1.row_embed.weight" in state else "sine",
+    }
+    if shown["dec_layers"] == 0:
+        return None
+    shown["dim_feedforward"] = len(state["transformer.decoder.layers.0.linear1.weight"])
+    if shown["enc_layers"]:
+        shown["pre_norm"] = "transformer.encoder.norm.weight" in state
+    return shown
