@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bipartite matching of queries and targets, as facebookresearch/detr calls it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detr_fast.matcher.packing import pack_targets
+from detr_fast.reference.matcher import (
+    linear_sum_assignment,
+    matching_cost,
+    matching_cost_terms,
+)
+
+__all__ = ["HungarianMatcher", "build_matcher"]
+
+
+class HungarianMatcher(nn.Module):
+    """The matcher of facebookresearch/detr: one query for each target at the least total cost.
+
+    The cost of a query and a target is ``cost_bbox`` times the L1 distance of the boxes, less
+    ``cost_class`` times the probability of the target's class, less ``cost_giou`` times the GIoU
+    (Carion et al., ECCV 2020).  It is computed in float32 (float64 for float64 inputs), also under
+    autocast; ties are resolved as scipy does.
+
+    Args:
+        cost_class (float): weight of the class probability.
+        cost_bbox (float): weight of the L1 distance.
+        cost_giou (float): weight of the GIoU.
+
+    Raises:
+        ValueError: if all weights are 0.
+    """
+
+    def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1) -> None:
+        super().__init__()
+        if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
+            raise ValueError("cost_class, cost_bbox and cost_giou are all 0: nothing to match by")
+        self.cost_class = cost_class
+        self.cost_bbox = cost_bbox
+        self.cost_giou = cost_giou
+
+    def extra_repr(self) -> str:
+        """The three weights."""
+        return (
+            f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Match every image of a batch.
+
+        Args:
+            outputs (Mapping): ``"pred_logits"`` (Tensor[B, Q, C], no-object included) and
+                ``"pred_boxes"`` (Tensor[B, Q, 4], ``(cx, cy, w, h)``).
+            targets (Sequence[Mapping]): for each image ``"labels"`` (Tensor[n] of integers below
+                C) and ``"boxes"`` (Tensor[n, 4], ``(cx, cy, w, h)``); n may be 0, or above Q.
+
+        Returns:
+            list[tuple[Tensor, Tensor]]: for each image the matched queries, ascending, and the
+            target of each: int64 on the CPU, of length ``min(Q, n)``.
+
+        Raises:
+            ValueError: if shapes do not fit, a label is out of range or a cost is not finite.
+        """
+        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
+        if logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
+            raise ValueError(
+                "expected pred_logits (B, Q, C) and pred_boxes (B, Q, 4), "
+                f"got {tuple(logits.shape)} and {tuple(boxes.shape)}"
+            )
+        if len(targets) != len(logits):
+            raise ValueError(f"{len(targets)} targets for a batch of {len(logits)} images")
+        labels, target_boxes, counts = pack_targets(targets)
+        labels, target_boxes = labels.to(logits.device), target_boxes.to(logits.device)
+
+        weights = self.cost_class, self.cost_bbox, self.cost_giou
+        cost = matching_cost(logits, boxes, labels, target_boxes, *weights)
+        cost = cost.cpu()  # the one copy to the host
+        if not cost.isfinite().all():  # of an image, or of padding only
+            for image, n in enumerate(counts):
+                if not cost[image, :, :n].isfinite().all():
+                    of_targets = labels[image, :n], target_boxes[image, :n]
+                    why = _why_not_finite(logits[image], boxes[image], *of_targets)
+                    raise ValueError(f"image {image}: {why}")
+        query_of_target = linear_sum_assignment(cost, torch.tensor(counts))
+        return [_pairs(queries[:n]) for queries, n in zip(query_of_target, counts, strict=True)]
+
+
+def build_matcher(args: Any) -> HungarianMatcher:
+    """Matcher of the flags ``set_cost_class``, ``set_cost_bbox`` and ``set_cost_giou``."""
+    return HungarianMatcher(
+        cost_class=args.set_cost_class,
+        cost_bbox=args.set_cost_bbox,
+        cost_giou=args.set_cost_giou,
+    )
+
+
+def _pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
+    """(n,) queries, -1 = free -> matched queries in ascending order and their targets."""
+    targets = (query_of_target >= 0).nonzero().squeeze(1)
+    queries, order = query_of_target[targets].sort()
+    return queries, targets[order]
+
+
+def _why_not_finite(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> str:
+    """Explain NaN or infinity in the matching cost of one image."""
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if outside.any():
+        return (
+            f"label {int(labels[outside][0])} is outside of the {logits.shape[1]} columns of "
+            "pred_logits: num_classes shall be the largest label + 1"
+        )
+    terms = matching_cost_terms(logits[None], boxes[None], labels[None], target_boxes[None])
+    of_terms = [name for name, term in terms._asdict().items() if not term.isfinite().all()]
+    inputs = {"pred_logits": logits, "pred_boxes": boxes, "target boxes": target_boxes}
+    of_inputs = [name for name, value in inputs.items() if not value.isfinite().all()]
+    cause = (
+        f"{' and '.join(of_inputs)} hold NaN or infinity: the training has diverged, or the data "
+        "set holds such boxes"
+        if of_inputs
+        else "a predicted and a target box without area meet in a point, or values overflow"
+    )
+    return f"matching cost not finite in the term {', '.join(of_terms) or 'sum'}; {cause}"
