@@ -4,7 +4,30 @@
 from importlib.metadata import version
 
 from detr_fast import ops
+from detr_fast.criterion import SetCriterion
+from detr_fast.data import Targets
+from detr_fast.matcher import HungarianMatcher
+from detr_fast.models import (
+    PostProcess,
+    detr_resnet50,
+    detr_resnet50_dc5,
+    detr_resnet101,
+    detr_resnet101_dc5,
+    detr_tiny,
+)
 from detr_fast.ops import generalized_box_iou
 
 __version__ = version("detr-fast")
-__all__ = ["generalized_box_iou", "ops"]
+__all__ = [
+    "HungarianMatcher",
+    "PostProcess",
+    "SetCriterion",
+    "Targets",
+    "detr_resnet50",
+    "detr_resnet50_dc5",
+    "detr_resnet101",
+    "detr_resnet101_dc5",
+    "detr_tiny",
+    "generalized_box_iou",
+    "ops",
+]

@@ -21,7 +21,9 @@ from detr_fast.models.checkpoint import load_weights, model_config_from_checkpoi
 from detr_fast.models.detr import DETR, ModelConfig, build_detr
 
 # what two runs may choose differently for one and the same set of weights
-_NOT_ARCHITECTURE = ("num_classes", "dropout", "aux_loss")
+_NOT_ARCHITECTURE = {"num_classes", "dropout", "aux_loss"}
+# what the names and shapes of weights do not show
+_UNSEEN = {"dilation", "nheads"}
 
 
 def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +32,13 @@ def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     Checkpoints of this package carry them, those of facebookresearch/detr have a Namespace, its
     published weights nothing: there the shapes of the tensors tell most of the architecture.
     """
-    flags: dict[str, Any] = {}
-    if model := model_config_from_checkpoint(checkpoint):
-        flags = {k: v for k, v in asdict(model).items() if k not in _NOT_ARCHITECTURE}
     args = checkpoint.get("args") or {}
     args = args if isinstance(args, dict) else vars(args)
+    flags: dict[str, Any] = {}
+    if model := model_config_from_checkpoint(checkpoint):
+        told = args or "model_config" in checkpoint
+        silent = _NOT_ARCHITECTURE if told else _NOT_ARCHITECTURE | _UNSEEN
+        flags = {name: value for name, value in asdict(model).items() if name not in silent}
     flags |= {name: args[name] for name in ("dataset_file", "coco_path") if args.get(name)}
     return flags
 
