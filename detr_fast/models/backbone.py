@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """ResNet with frozen batch norm, its parameters named as torchvision names them."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from detr_fast.models.checkpoint import CheckpointError, load_weights, read_checkpoint, weights_of
 
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 FROZEN = ("conv1.", "layer1.")  # ImageNet's stem and first stage, which DETR never trains
@@ -156,3 +160,57 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Map ``images (Tensor[B, 3, H, W])`` to features Tensor[B, 2048, H / 32, W / 32]."""
         return self.body(images)
+
+
+def load_backbone_weights(model: nn.Module, source: str | os.PathLike[str]) -> None:
+    """Start the backbone from trained weights.
+
+    Args:
+        model (DETR): the model; ``model.backbone[0]`` gets the weights.
+        source (str | PathLike): ``imagenet`` (torchvision's IMAGENET1K_V1, downloaded once and
+            checked by hash), ``none``, or a file: a state dict of torchvision's ResNet or a
+            checkpoint of a DETR.
+
+    Raises:
+        CheckpointError: if the weights cannot be had or do not fit; names the flag and the remedy.
+        ImportError: if ``imagenet`` is asked for without torchvision.
+    """
+    source = os.fspath(source)
+    if source == "none":
+        return
+    try:
+        state = _imagenet(model.config.backbone) if source == "imagenet" else _from_file(source)
+        load_weights(model.backbone[0], state)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"--backbone_weights {source}: {error} (or start from random weights with "
+            "--backbone_weights none)"
+        ) from error
+
+
+def _from_file(path: str) -> dict[str, Tensor]:
+    prefix, state = "backbone.0.", weights_of(read_checkpoint(path))
+    of_detr = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return of_detr or _of_torchvision(state)
+
+
+def _of_torchvision(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"body.{key}": value for key, value in state.items() if not key.startswith("fc.")}
+
+
+def _imagenet(name: str) -> dict[str, Tensor]:
+    if name not in DEPTHS:
+        raise CheckpointError(f"there are no ImageNet weights for the backbone {name!r}")
+    try:
+        from torchvision.models import get_model_weights
+    except ImportError as error:
+        raise ImportError(
+            'ImageNet weights come through torchvision: pip install "detr-fast[train]"'
+        ) from error
+    weights = get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return _of_torchvision(weights.get_state_dict(check_hash=True))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the download of {weights.url} failed ({error}): fetch it elsewhere and name the file"
+        ) from error

@@ -123,24 +123,34 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
         temporary.unlink(missing_ok=True)
 
 
+def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the state dict of a checkpoint: under ``model``, under ``state_dict``, or bare.
+
+    The ``module.`` of ``DistributedDataParallel`` is taken off, and ``num_batches_tracked``, which
+    a frozen batch norm does not have, left out.
+    """
+    state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError("found no state dict: expected it under 'model', or by itself")
+    return {
+        key.removeprefix("module."): value
+        for key, value in state.items()
+        if not key.endswith(".num_batches_tracked")
+    }
+
+
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights into a model; every key and shape must fit.
 
-    ``num_batches_tracked`` of batch norms is ignored, a ``module.`` prefix
-    (``DistributedDataParallel``) is taken off.
-
     Args:
         model (nn.Module): the model; it stays as it was if something does not fit.
-        state_dict (Mapping[str, Tensor]): its weights under facebookresearch/detr's names.
+        state_dict (Mapping[str, Tensor]): its weights under facebookresearch/detr's names; or a
+            checkpoint that holds them (:func:`weights_of`).
 
     Raises:
         CheckpointError: names the keys that are missing, unexpected or of another shape.
     """
-    state = {
-        key.removeprefix("module."): value
-        for key, value in state_dict.items()
-        if not key.endswith("num_batches_tracked")
-    }
+    state = weights_of(state_dict)
     own = model.state_dict()
     problems = _differences(own, state)
     if not problems:
@@ -197,7 +207,7 @@ def model_config_from_checkpoint(checkpoint: Mapping[str, Any]) -> ModelConfig |
                 "the checkpoint was written by a newer detr_fast"
             )
         return ModelConfig(**values)
-    shown = _fields_from_shapes(checkpoint.get("model", checkpoint))
+    shown = _fields_from_shapes(weights_of(checkpoint))
     if shown is None:
         return None
     args = checkpoint.get("args", {})
@@ -205,7 +215,7 @@ def model_config_from_checkpoint(checkpoint: Mapping[str, Any]) -> ModelConfig |
     return ModelConfig(**{key: args[key] for key in FIELDS & set(args)} | shown)
 
 
-def _fields_from_shapes(state: Mapping[str, Any]) -> dict[str, Any] | None:
+def _fields_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Return the fields of ModelConfig that names and shapes of weights show."""
     needed = ("class_embed.weight", "query_embed.weight", "backbone.0.body.layer3.5.conv1.weight")
     if not all(key in state for key in needed):

@@ -271,7 +271,7 @@ def _published(config: ModelConfig, file: str, pretrained: bool, return_postproc
         )
     model = build_detr(config)
     if pretrained:
-        load_weights(model, read_checkpoint(PUBLISHED + file)["model"])
+        load_weights(model, read_checkpoint(PUBLISHED + file))
     return _with_postprocessor(model, return_postprocessor)
 
 
