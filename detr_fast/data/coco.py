@@ -75,9 +75,7 @@ class CocoAnnotations:
         except OSError as error:
             raise DatasetError(f"{path}: cannot be read ({error.strerror})") from error
         except ValueError as error:
-            raise DatasetError(
-                f"{path}: not valid JSON ({error}); is the copy complete?"
-            ) from error
+            raise DatasetError(f"{path}: no valid JSON ({error}); is the copy complete?") from error
         return cls.from_dict(content, str(path))
 
     @classmethod
@@ -178,35 +176,27 @@ class _Columns:
         self.entries, self.name, self.source = entries, name, source
 
     def read(self, key: str, dtype: type, *, width: int = 0, default: Any = None) -> np.ndarray:
-        """Entries' values of ``key``: dtype[N], or dtype[N, width]."""
-        row = (width,) if width else ()
-        try:
-            if default is None:
-                values = [entry[key] for entry in self.entries]
-            else:
-                values = [entry.get(key, default) for entry in self.entries]
-            column = np.array(values, dtype=dtype).reshape(len(values), *row)
-            if default is not None or np.isfinite(column).all():
-                return column
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-            pass
-        at, found = next(
-            (at, entry)
-            for at, entry in enumerate(self.entries)
-            if not _is_row(entry, key, dtype, row, default)
-        )
+        """Entries' values of ``key``: dtype[N], or dtype[N, width]; finite unless optional."""
+
+        def convert(entries: Sequence[dict[str, Any]]) -> np.ndarray | None:
+            required = default is None
+            try:
+                values = [entry[key] if required else entry.get(key, default) for entry in entries]
+                column: np.ndarray = np.array(values, dtype=dtype)
+                column = column.reshape(len(values), *([width] if width else []))
+            except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+                return None
+            return None if required and not np.isfinite(column).all() else column
+
+        column = convert(self.entries)
+        if column is not None:
+            return column
+        at = next(at for at, entry in enumerate(self.entries) if convert([entry]) is None)
         raise DatasetError(
             f"{self.source}: {self.name}[{at}] needs {key!r} "
-            f"({'finite numbers: ' + str(width) if width else 'a number'}), found {found!r:.200}"
+            f"({f'{width} finite numbers' if width else 'a number'}), "
+            f"found {self.entries[at]!r:.200}"
         )
-
-
-def _is_row(entry: Any, key: str, dtype: type, shape: tuple[int, ...], default: Any) -> bool:
-    try:
-        value = np.array(entry[key] if default is None else entry.get(key, default), dtype=dtype)
-    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-        return False
-    return value.shape == shape and (default is not None or bool(np.isfinite(value).all()))
 
 
 def _reject_repeated(ascending: np.ndarray, kind: str, source: str) -> None:
@@ -215,7 +205,7 @@ def _reject_repeated(ascending: np.ndarray, kind: str, source: str) -> None:
         raise DatasetError(f"{source}: {kind} id {repeated[0]} is listed more than once")
 
 
-class CocoDetection(Dataset):
+class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     """Images and boxes of a folder with a COCO annotation file.
 
     Image ``i`` is that of the ``i``-th smallest id. Its boxes are clamped to the image; crowd
@@ -249,6 +239,8 @@ class CocoDetection(Dataset):
         if not self.image_folder.is_dir():
             raise DatasetError(f"{self.image_folder}: no such image folder")
         self.annotations = CocoAnnotations.read(annotation_file)
+        if not len(self):
+            raise DatasetError(f"{annotation_file}: 'images' is empty")
         unnamed = self.annotations.image_ids[self.annotations.file_names == ""]
         if len(unnamed):
             raise DatasetError(f"{annotation_file}: image id {unnamed[0]} has no 'file_name'")

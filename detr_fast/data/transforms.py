@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,18 +38,20 @@ def train_transforms() -> Transform:
     """
     v2 = _transforms_v2()
     cropped = [Resize((400, 500, 600)), RandomSizeCrop(384, 600), Resize(SCALES, MAX_SIZE)]
-    return v2.Compose(
+    transform: Transform = v2.Compose(
         [
             RandomHorizontalFlip(0.5),
             v2.RandomChoice([Resize(SCALES, MAX_SIZE), v2.Compose(cropped)]),
             ToModelInput(),
         ]
     )
+    return transform
 
 
 def eval_transforms() -> Transform:
     """The short side to 800 pixels, the long one to at most 1333."""
-    return _transforms_v2().Compose([Resize((800,), MAX_SIZE), ToModelInput()])
+    transform: Transform = _transforms_v2().Compose([Resize((800,), MAX_SIZE), ToModelInput()])
+    return transform
 
 
 def normalize(image: Tensor) -> Tensor:
@@ -160,13 +161,12 @@ class ToModelInput:
 
     def __call__(self, image: Picture, target: Target) -> tuple[Tensor, Target]:
         """Returns the image (float32 Tensor[3, H, W]) and a target with boxes (Tensor[N, 4])."""
-        if not isinstance(image, Tensor):
-            image = _transforms_v2().functional.pil_to_tensor(image)
-        height, width = image.shape[-2:]
+        pixels: Tensor = _transforms_v2().functional.to_image(image).as_subclass(Tensor)
+        height, width = pixels.shape[-2:]
         x0, y0, x1, y1 = target["boxes"].unbind(1)
         boxes = torch.stack(((x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0), dim=1)
         boxes = boxes / torch.tensor([width, height, width, height])
-        return normalize(image), {**target, "boxes": boxes}
+        return normalize(pixels), {**target, "boxes": boxes}
 
     def __repr__(self) -> str:
         return "ToModelInput()"
@@ -176,7 +176,7 @@ def _draw(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
-def _transforms_v2() -> ModuleType:
+def _transforms_v2() -> Any:
     try:
         from torchvision.transforms import v2
     except ImportError as error:

@@ -186,7 +186,7 @@ class CocoEvaluator:
         """
         if not self._counts:
             raise ValueError("nothing to summarize: no image was handed to update()")
-        found = torch.cat(self._packed).double().cpu().numpy()
+        found = torch.cat(self._packed).cpu().double().numpy()
         owners = np.repeat(list(self._counts), list(self._counts.values()))
         broken = ~np.isfinite(found).all(axis=1)
         if broken.any():
@@ -195,18 +195,18 @@ class CocoEvaluator:
                 f"id {owners[broken][0]}; has the training diverged?"
             )
         rows = np.column_stack((owners, found))
-        scored = rows[np.isin(rows[:, 6], list(self._truth.class_names))]
-        result = self._run(self._truth, sorted(self._counts), scored)
-        params = OrderedDict((name, _plain(getattr(result.params, name))) for name in PARAMETERS)
+        listed = np.isin(rows[:, 6].astype(np.int64), list(self._truth.class_names))
+        run = self._run(self._truth, sorted(self._counts), rows[listed])
+        params = OrderedDict((name, _plain(getattr(run.params, name))) for name in PARAMETERS)
         params.__dict__.update(params)
-        curves = {key: torch.from_numpy(np.array(result.eval[key])) for key in CURVES}
+        curves = run.eval
         return CocoResult(
-            stats=np.asarray(result.stats).tolist(),
+            stats=_plain(run.stats),
             eval={
                 "params": params,
-                "counts": list(result.eval["counts"]),
-                "date": result.eval["date"],
-                **curves,
+                "counts": list(curves["counts"]),
+                "date": curves["date"],
+                **{key: torch.from_numpy(np.array(curves[key])) for key in CURVES},
             },
             class_names=self._truth.class_names,
             rows=rows,

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from detr_fast.data.coco import CocoAnnotations, CocoDetection, DatasetError, build_coco
+
+CONTENT = {
+    "info": {"year": 2024},
+    "images": [
+        {"id": 9, "file_name": "nine.png", "height": 20, "width": 30},
+        {"id": 2, "file_name": "two.png", "height": 10, "width": 10},
+        {"id": 5, "file_name": "five.png", "height": 8, "width": 16},
+    ],
+    "categories": [{"id": 3, "name": "cat"}, {"id": 17, "name": "dog"}],
+    "annotations": [
+        {
+            "id": 40,
+            "image_id": 9,
+            "category_id": 17,
+            "bbox": [1, 2, 3, 4],
+            "area": 7.5,
+            "iscrowd": 0,
+        },
+        {
+            "id": 41,
+            "image_id": 2,
+            "category_id": 3,
+            "bbox": [-2, 4, 30, 3],
+            "area": 90,
+            "iscrowd": 0,
+        },
+        {
+            "id": 42,
+            "image_id": 9,
+            "category_id": 3,
+            "bbox": [0, 0, 20, 20],
+            "area": 1,
+            "iscrowd": 1,
+        },
+        {"id": 43, "image_id": 9, "category_id": 3, "bbox": [5, 5, 0, 4], "area": 0, "iscrowd": 0},
+        {
+            "id": 44,
+            "image_id": 9,
+            "category_id": 3,
+            "bbox": [30, 5, 4, 4],
+            "area": 16,
+            "iscrowd": 0,
+        },
+        {"id": 45, "image_id": 9, "category_id": 3, "bbox": [0.5, 0, 29.5, 20]},
+        {"id": 46, "image_id": 77, "category_id": 3, "bbox": [0, 0, 1, 1], "area": 1, "iscrowd": 0},
+    ],
+}
+
+
+def as_read(image, target):
+    return torch.from_numpy(np.array(image)), target
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for entry in CONTENT["images"]:
+        pixels = np.full((entry["height"], entry["width"], 3), entry["id"], dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / entry["file_name"])
+    (tmp_path / "boxes.json").write_text(json.dumps(CONTENT))
+    return tmp_path
+
+
+@pytest.fixture
+def dataset(folder):
+    return CocoDetection(folder, folder / "boxes.json", as_read)
+
+
+def test_images_come_in_the_order_of_their_ids(dataset):
+    assert len(dataset) == 3
+    assert [int(dataset[i][1]["image_id"]) for i in range(3)] == [2, 5, 9]
+    assert [int(dataset[i][0][0, 0, 0]) for i in range(3)] == [2, 5, 9]
+
+
+def test_target_is_clamped_and_filtered(dataset):
+    _, target = dataset[2]
+    # without the crowd, the box of no width and the one outside
+    assert target["boxes"].tolist() == [[1, 2, 4, 6], [0.5, 0, 30, 20]]
+    assert target["labels"].tolist() == [17, 3]
+    assert target["area"].tolist() == [7.5, 590]  # as written; width * height where it is not
+    assert target["iscrowd"].tolist() == [0, 0]
+    assert target["orig_size"].tolist() == target["size"].tolist() == [20, 30]
+    types = {key: value.dtype for key, value in target.items()}
+    floats = {key for key, dtype in types.items() if dtype == torch.float32}
+    assert floats == {"boxes", "area"}
+    assert set(types) - floats == {"labels", "image_id", "iscrowd", "orig_size", "size"}
+    assert all(types[key] == torch.int64 for key in set(types) - floats)
+
+    _, target = dataset[0]
+    assert target["boxes"].tolist() == [[0, 4, 10, 7]]
+    assert target["area"].tolist() == [90]
+
+
+def test_an_image_without_boxes_is_kept(dataset):
+    image, target = dataset[1]
+    assert image.shape == (8, 16, 3)
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].shape == target["area"].shape == target["iscrowd"].shape == (0,)
+
+
+def test_class_names_and_count(dataset):
+    assert dataset.class_names == {3: "cat", 17: "dog"}
+    assert dataset.num_classes == 18
+
+
+def test_ground_truth_holds_every_box_of_the_listed_images(dataset):
+    truth = dataset.ground_truth
+    written = [a for a in CONTENT["annotations"] if a["image_id"] != 77]
+    assert sorted(a["id"] for a in truth["annotations"]) == list(range(1, len(written) + 1))
+
+    def rows(annotations):
+        keys = ("image_id", "category_id", "bbox", "area", "iscrowd")
+        return sorted([a.get(key) for key in keys] for a in annotations)
+
+    defaults = {"area": 590.0, "iscrowd": 0}
+    assert rows(truth["annotations"]) == rows(defaults | a for a in written)
+    assert truth["images"] == sorted(CONTENT["images"], key=lambda image: image["id"])
+    assert truth["categories"] == CONTENT["categories"]
+    assert json.loads(json.dumps(truth)) == truth  # plain numbers
+    again = CocoAnnotations.from_dict(truth).to_dict()
+    assert again == truth
+
+
+def test_workers_receive_arrays_only(folder, dataset):
+    content = copy.deepcopy(CONTENT)
+    content["annotations"] *= 500
+    (folder / "boxes.json").write_text(json.dumps(content))
+    large = CocoDetection(folder, folder / "boxes.json", as_read)
+    extra = len(pickle.dumps(large)) - len(pickle.dumps(dataset))
+    assert extra / (499 * 6) < 60  # bytes per annotation: 7 numbers of 8 bytes
+    _, target = pickle.loads(pickle.dumps(large))[2]
+    assert len(target["boxes"]) == 1000
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "CMYK", "RGBA", "1", "I;16"])
+def test_every_image_mode_becomes_rgb(folder, mode):
+    name = "two.tif"
+    Image.new(mode, (10, 10), 1 if mode in ("1", "L", "P", "I;16") else 0).save(folder / name)
+    content = copy.deepcopy(CONTENT)
+    content["images"][1]["file_name"] = name
+    (folder / "boxes.json").write_text(json.dumps(content))
+    dataset = CocoDetection(folder, folder / "boxes.json", as_read)
+    assert dataset[0][0].shape == (10, 10, 3)
+    assert dataset.load_image(0).shape == (3, 10, 10)
+
+
+def test_load_image_is_what_is_on_disk(folder, dataset):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 10, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "two.png")
+    loaded = dataset.load_image(0)
+    assert loaded.dtype == torch.uint8
+    np.testing.assert_array_equal(loaded.numpy(), pixels.transpose(2, 0, 1))
+
+
+def edited(edit):
+    content = copy.deepcopy(CONTENT)
+    edit(content)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.pop("annotations"), r"boxes\.json: no list 'annotations'"),
+        (lambda c: c.update(images={}), r"no list 'images'"),
+        (lambda c: c.update(images=[]), r"'images' is empty"),
+        (lambda c: c.update(categories=[]), r"'categories' must list"),
+        (lambda c: c["categories"][0].update(id=-1), r"'categories' must list ids of 0 or more"),
+        (lambda c: c["categories"][0].update(id=17), r"category id 17 is listed more than once"),
+        (lambda c: c["images"][2].pop("id"), r"images\[2\] needs 'id' \(a number\)"),
+        (lambda c: c["images"][2].update(id=9), r"image id 9 is listed more than once"),
+        (lambda c: c["images"][1].pop("file_name"), r"image id 2 has no 'file_name'"),
+        (
+            lambda c: c["annotations"][3].pop("bbox"),
+            r"annotations\[3\] needs 'bbox' \(4 finite numbers\)",
+        ),
+        (lambda c: c["annotations"][3].update(bbox=[1, 2, 3]), r"annotations\[3\] needs 'bbox'"),
+        (lambda c: c["annotations"][3].update(bbox=None), r"annotations\[3\] needs 'bbox'"),
+        (
+            lambda c: c["annotations"][3].update(bbox=[1, 2, 3, float("nan")]),
+            r"annotations\[3\] needs 'bbox'",
+        ),
+        (lambda c: c["annotations"].append("box"), r"annotations\[7\] needs 'image_id'.*'box'"),
+        (lambda c: c["annotations"][1].update(iscrowd="no"), r"annotations\[1\] needs 'iscrowd'"),
+        (
+            lambda c: c["annotations"][2].update(category_id=4),
+            r"annotations\[2\] has category_id 4, which 'categories' does not list",
+        ),
+    ],
+)
+def test_malformed_content_is_named(folder, edit, message):
+    (folder / "boxes.json").write_text(json.dumps(edited(edit)))
+    with pytest.raises(DatasetError, match=message):
+        CocoDetection(folder, folder / "boxes.json", as_read)
+
+
+def test_unreadable_annotations_are_named(folder):
+    with pytest.raises(DatasetError, match=r"none\.json: cannot be read \(No such file"):
+        CocoDetection(folder, folder / "none.json", as_read)
+    (folder / "boxes.json").write_text(json.dumps(CONTENT)[:-30])
+    with pytest.raises(DatasetError, match=r"boxes\.json: no valid JSON .*is the copy complete"):
+        CocoDetection(folder, folder / "boxes.json", as_read)
+    (folder / "boxes.json").write_text("[1, 2]")
+    with pytest.raises(DatasetError, match=r"boxes\.json: no list 'images'"):
+        CocoDetection(folder, folder / "boxes.json", as_read)
+    with pytest.raises(DatasetError, match=r"elsewhere: no such image folder"):
+        CocoDetection(folder / "elsewhere", folder / "boxes.json", as_read)
+
+
+def test_missing_and_broken_images_are_named(folder, dataset):
+    (folder / "two.png").unlink()
+    with pytest.raises(DatasetError, match=r"two\.png: image id 2 is missing.*boxes\.json"):
+        dataset[0]
+    whole = (folder / "five.png").read_bytes()
+    (folder / "five.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DatasetError, match=r"five\.png: image id 5 cannot be decoded"):
+        dataset.load_image(1)
+    (folder / "nine.png").write_text("<html>not found</html>")
+    with pytest.raises(DatasetError, match=r"nine\.png: image id 9 cannot be decoded"):
+        dataset[2]
+
+
+def test_error_of_a_worker_arrives_with_its_class(folder, dataset):
+    (folder / "two.png").unlink()
+    with pytest.raises(DatasetError, match=r"image id 2 is missing"):
+        next(iter(DataLoader(dataset, num_workers=1)))
+
+
+@pytest.mark.parametrize("missing", ["train2017", "annotations/instances_train2017.json"])
+def test_incomplete_layout_names_the_flag(tmp_path, missing):
+    for folder in ("train2017", "annotations"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(CONTENT))
+    assert len(build_coco("train", tmp_path)) == 3
+    if (tmp_path / missing).is_dir():
+        shutil.rmtree(tmp_path / missing)
+    else:
+        (tmp_path / missing).unlink()
+    with pytest.raises(DatasetError, match=f"{missing} does not exist: --coco_path must hold"):
+        build_coco("train", tmp_path)
+
+
+def test_unknown_image_set(tmp_path):
+    with pytest.raises(ValueError, match="'test': choose train or val"):
+        build_coco("test", tmp_path)
+
+
+@pytest.mark.parametrize(("image_set", "count"), [("train", 59), ("val", 66)])
+def test_real_images_load_with_their_boxes(test_data, image_set, count):
+    dataset = build_coco(image_set, test_data / "coco125")
+    assert len(dataset) == count
+    assert dataset.num_classes == 91
+    assert len(dataset.class_names) == 80
+
+    path = test_data / f"coco125/annotations/instances_{image_set}2017.json"
+    content = json.loads(path.read_text())
+    images = sorted(content["images"], key=lambda image: image["id"])
+    dataset.transforms = as_read
+    for index, entry in enumerate(images):
+        image, target = dataset[index]
+        height, width = entry["height"], entry["width"]
+        assert image.shape == (height, width, 3)
+        assert int(target["image_id"]) == entry["id"]
+        wanted = [
+            a for a in content["annotations"] if a["image_id"] == entry["id"] and not a["iscrowd"]
+        ]
+        assert target["labels"].tolist() == [a["category_id"] for a in wanted]
+        corners = [
+            [max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)]
+            for x, y, w, h in (a["bbox"] for a in wanted)
+        ]
+        np.testing.assert_allclose(
+            target["boxes"].numpy(), np.array(corners).reshape(-1, 4), atol=1e-4
+        )
+    assert sum(len(dataset[i][1]["boxes"]) == 0 for i in range(count)) == (
+        2 if image_set == "val" else 0
+    )
+
+
+def test_real_images_of_the_evaluation_have_the_official_size(test_data):
+    dataset = build_coco("val", test_data / "coco125")
+    image, target = dataset[0]  # 640 x 480
+    assert image.shape == (3, 800, 1066)
+    assert image.dtype == torch.float32
+    assert target["boxes"].min() >= 0
+    assert target["boxes"].max() <= 1
+    row = dataset.annotations.starts[0]
+    x, y, w, h = dataset.annotations.boxes[row]
+    np.testing.assert_allclose(
+        target["boxes"][0].numpy(),
+        [(x + w / 2) / 640, (y + h / 2) / 480, w / 640, h / 480],
+        atol=1e-6,
+    )
