@@ -74,22 +74,22 @@ class SetCriterion(nn.Module):
         logits = outputs["pred_logits"]
         labels, _, counts = pack_targets(targets)
         self._check(logits, labels)
-        last = {name: value for name, value in outputs.items() if name != "aux_outputs"}
         num_boxes = _mean_over_processes(sum(counts), logits.device)
+        layers = {"": {name: value for name, value in outputs.items() if name != "aux_outputs"}}
+        layers |= {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
         losses: dict[str, Tensor] = {}
         with torch.autocast(logits.device.type, enabled=False):
-            indices = self.matcher(last, targets)
-            for loss in self.losses:
-                losses |= self.get_loss(loss, outputs, targets, indices, num_boxes)
-            for layer, aux_outputs in enumerate(outputs.get("aux_outputs", ())):
-                indices = self.matcher(aux_outputs, targets)
+            for suffix, layer in layers.items():
+                try:
+                    indices = self.matcher(layer, targets)
+                except ValueError as error:
+                    name = f"aux_outputs[{suffix[1:]}]" if suffix else "last decoder layer"
+                    raise ValueError(f"{name}, {error}") from error
                 for loss in self.losses:
-                    # the error of the classes is read of the last layer only
-                    options = {"log": False} if loss == "labels" else {}
-                    of_layer = self.get_loss(
-                        loss, aux_outputs, targets, indices, num_boxes, **options
-                    )
-                    losses |= {f"{name}_{layer}": value for name, value in of_layer.items()}
+                    # class_error is read of the last layer only
+                    options = {"log": False} if suffix and loss == "labels" else {}
+                    values = self.get_loss(loss, layer, targets, indices, num_boxes, **options)
+                    losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
     def get_loss(

@@ -123,6 +123,7 @@ def _why_not_finite(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes:
         f"{' and '.join(of_inputs)} hold NaN or infinity: the training has diverged, or the data "
         "set holds such boxes"
         if of_inputs
-        else "a predicted and a target box without area meet in a point, or values overflow"
+        else "a predicted and a target box both have no area (or numbers overflow): drop such "
+        "targets from the data set"
     )
     return f"matching cost not finite in the term {', '.join(of_terms) or 'sum'}; {cause}"

@@ -17,8 +17,8 @@ def pack_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tenso
             tensors of any shape and dtype, as ``torch.tensor([])`` is.
 
     Returns:
-        tuple[Tensor[B, T], Tensor[B, T, 4], list[int]]: int64 labels, boxes, number of boxes of
-        each image.
+        tuple[Tensor[B, T], Tensor[B, T, 4], list[int]]: int64 labels, float32 boxes (float64 if
+        any are), number of boxes of each image.
 
     Raises:
         ValueError: if a key is missing or a shape or dtype does not fit; names image and key.
@@ -31,7 +31,7 @@ def pack_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tenso
                 raise ValueError(f"targets[{image}] has no {key!r}; it holds {found}")
         label, box = target["labels"], target["boxes"]
         if label.numel() == 0 and box.numel() == 0:
-            label, box = label.new_empty(0, dtype=torch.int64), box.new_empty(0, 4)
+            label, box = label.new_empty(0, dtype=torch.int64), box.new_empty(0, 4).float()
         if label.dim() != 1 or label.is_floating_point() or label.dtype == torch.bool:
             raise ValueError(
                 f"targets[{image}]['labels']: expected integers of shape (n,), "
@@ -48,8 +48,9 @@ def pack_targets(targets: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor, Tenso
         boxes.append(box)
     if not labels:
         return torch.empty(0, 0, dtype=torch.int64), torch.empty(0, 0, 4), []
+    dtype = torch.float64 if any(b.dtype == torch.float64 for b in boxes) else torch.float32
     return (
         pad_sequence(labels, batch_first=True),
-        pad_sequence(boxes, batch_first=True),
+        pad_sequence([box.to(dtype) for box in boxes], batch_first=True),
         [len(label) for label in labels],
     )

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Padding, collation and packed targets."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+
+from detr_fast.data import ImageBatch, Targets, collate, pad_images
+from tests.matcher.published import random_batch
+
+
+def test_pad_images_fills_right_and_bottom_with_zeros():
+    images = [torch.full((3, 2, 4), 1.0), torch.full((3, 3, 1), 2.0)]
+    batch = pad_images(images)
+    assert batch.tensors.shape == (2, 3, 3, 4)
+    assert batch.mask.dtype == torch.bool
+    real = [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], [[1, 0, 0, 0]] * 3
+    assert_close(~batch.mask, torch.tensor(real).bool())
+    for image, padded, mask in zip(images, *batch, strict=True):
+        assert_close(padded[:, ~mask], image.flatten(1))
+        assert not padded[:, mask].any()
+
+
+def test_pad_images_keeps_the_dtype():
+    assert pad_images([torch.ones(3, 2, 2, dtype=torch.uint8)]).tensors.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([], "at least one image"),
+        ([torch.ones(3, 2, 2), torch.ones(2, 2)], r"images\[1\]: .* got \(2, 2\)"),
+        ([torch.ones(3, 2, 2), torch.ones(1, 2, 2)], r"images\[1\] has 1 channels"),
+        ([torch.ones(3, 2, 2), torch.ones(3, 2, 2).int()], r"images\[1\] .* torch.int32"),
+    ],
+    ids=["none", "dims", "channels", "dtype"],
+)
+def test_pad_images_names_the_image(images, message):
+    with pytest.raises(ValueError, match=message):
+        pad_images(images)
+
+
+def test_image_batch_moves_as_one():
+    moved = pad_images([torch.ones(3, 2, 2)]).to("meta")
+    assert isinstance(moved, ImageBatch)
+    assert moved.tensors.is_meta
+    assert moved.mask.is_meta
+
+
+def test_collate_serves_a_data_loader():
+    samples = [
+        (torch.full((3, 2 + i, 4), float(i)), {"image_id": torch.tensor([i])}) for i in (0, 1)
+    ]
+    ((batch, targets),) = DataLoader(samples, batch_size=2, collate_fn=collate)
+    assert isinstance(batch, ImageBatch)
+    assert batch.tensors.shape == (2, 3, 3, 4)
+    assert [t["image_id"].item() for t in targets] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("counts", "capacity"),
+    [
+        ([0], 8),
+        ([0, 0], 8),
+        ([1, 3], 8),
+        ([8], 8),
+        ([2, 9], 16),
+        ([16], 16),
+        ([33, 1], 64),
+        ([65], 128),
+    ],
+    ids=str,
+)
+def test_targets_hold_the_list(counts, capacity):
+    _, listed = random_batch(counts, 1, 9)
+    targets = Targets.from_list(listed)
+    assert len(targets) == len(counts)
+    assert targets.labels.shape == (len(counts), capacity)
+    assert targets.boxes.shape == (len(counts), capacity, 4)
+    assert targets.labels.dtype == torch.int64
+    assert targets.boxes.dtype == torch.float32
+    assert_close(targets.count, torch.tensor(counts, dtype=torch.int32))
+    assert targets.count_host == tuple(counts)
+    for image, n in enumerate(counts):
+        assert not targets.labels[image, n:].any()
+        assert not targets.boxes[image, n:].any()
+    assert_close(targets.to_list(), listed)
+
+
+def test_targets_name_image_and_key():
+    _, listed = random_batch([2, 3], 1, 9)
+    listed[1]["boxes"] = listed[1]["boxes"][:, :3]
+    with pytest.raises(ValueError, match=r"targets\[1\]\['boxes'\]"):
+        Targets.from_list(listed)
+
+
+def test_targets_of_no_image():
+    targets = Targets.from_list([])
+    assert len(targets) == 0
+    assert targets.to_list() == []
+
+
+def test_targets_move_and_pin_every_tensor(monkeypatch):
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)  # page-locking needs a GPU
+    targets = Targets.from_list(random_batch([2, 3], 1, 9)[1])
+    again = targets.pin_memory()
+    assert {id(t) for t in pinned} == {
+        id(t) for t in (targets.labels, targets.boxes, targets.count)
+    }
+    assert_close(again.to_list(), targets.to_list())
+    moved = targets.to("meta")
+    assert all(t.is_meta for t in (moved.labels, moved.boxes, moved.count))
+    assert moved.count_host == targets.count_host
