@@ -31,7 +31,11 @@ def class_color(label: int) -> Color:
         red, green, blue = (int(HUES[label][i : i + 2], 16) / 255 for i in (1, 3, 5))
         return red, green, blue
     saturation, value = ((0.55, 1.0), (0.85, 0.95), (0.45, 0.75))[label % 3]
-    return colorsys.hsv_to_rgb(label * 0.6180339887 % 1, saturation, value)
+    color = colorsys.hsv_to_rgb(label * 0.6180339887 % 1, saturation, value)
+    while luminance(color) < 0.15:  # blues and violets
+        red, green, blue = (0.9 * c + 0.1 for c in color)
+        color = red, green, blue
+    return color
 
 
 def luminance(color: Color) -> float:
@@ -66,7 +70,7 @@ def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        Image.fromarray(pixels & 0xFC | pixels >> 6).save(part, format="PNG", optimize=True)
+        Image.fromarray(pixels & 0xFC | pixels >> 6).save(part, format="PNG")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -86,9 +86,9 @@ def draw_detections(
         if targets is not None:
             caption += f", {len(truth)} annotated"
         pictures.append(_Picture(image, found[:top_k], truth, caption))
-    head = f"Detections with a score of at least {threshold:g}"
+    head = f"Detections, score \N{GREATER-THAN OR EQUAL TO} {threshold:g}"
     if targets is not None:
-        head += "; dashed in white: ground truth, named where it was missed"
+        head += " (dashed in white: ground truth)"
     save_png(_grid(pictures, class_names, columns, head), output_png)
 
 
@@ -236,13 +236,12 @@ def _draw_picture(
     for box in picture.truth:
         rectangle(box, "white", 0.9, linestyle=(0, (4, 4)))
     labels = _Labels(axes, width * scale, height * scale, scale)
-    for box in picture.detections:
+    named = [(b, f" {b.score:.2f}", class_color(b.label), False) for b in picture.detections]
+    missed = [b for b in picture.truth if not _was_found(b, picture.detections)]
+    named += [(b, " missed", (0.13, 0.13, 0.13), True) for b in missed]
+    for box, ending, color, only_if_free in named:
         name = class_names.get(box.label, f"class {box.label}")
-        labels.put(box, name, f" {box.score:.2f}", class_color(box.label))
-    for box in picture.truth:
-        if not _was_found(box, picture.detections):
-            name = class_names.get(box.label, f"class {box.label}")
-            labels.put(box, name, " missed", (0.13, 0.13, 0.13), only_if_free=True)
+        labels.put(box, name, ending, color, only_if_free=only_if_free)
 
 
 class _Labels:
@@ -259,10 +258,11 @@ class _Labels:
         self.width, self.height, self.scale = width, height, scale
         self.taken: list[tuple[float, float, float, float]] = []
 
-    def put(
-        self, box: _Box, name: str, ending: str, color: Color, *, only_if_free: bool = False
-    ) -> None:
-        """Write `name` (shortened to the width of the picture) and `ending` beside the box."""
+    def put(self, box: _Box, name: str, ending: str, color: Color, *, only_if_free: bool) -> None:
+        """Write `name` (shortened to the width of the picture) and `ending` beside the box.
+
+        Where names must cover one another, the first one stays on top.
+        """
         points, padding = 8, 2
         text = self.axes.text(
             0,
@@ -273,6 +273,7 @@ class _Labels:
             color="black" if luminance(color) > 0.18 else "white",
             parse_math=False,
             clip_on=True,
+            zorder=4 + 1 / (1 + len(self.taken)),
             bbox={
                 "boxstyle": f"square,pad={padding / (points * DPI / 72)}",
                 "facecolor": color,
@@ -294,10 +295,10 @@ class _Labels:
         text.set_position(((place[0] + padding) / self.scale, (place[1] + padding) / self.scale))
 
     def _place(self, box: _Box, wide: float, high: float) -> tuple[float, float, float, float]:
-        """The first of eight places at the corners of the box that covers least of the others."""
+        """The first of the places around the box that covers least of the names before it."""
         x0, y0, x1, y1 = (corner * self.scale for corner in box.corners)
         places = []
-        for x in (x0, x1 - wide):
+        for x in (x0, x1 - wide, x1, x0 - wide):
             for y in (y0 - high, y1, y0, y1 - high):
                 left = max(min(x, self.width - wide), 0)
                 top = max(min(y, self.height - high), 0)
