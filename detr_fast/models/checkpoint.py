@@ -3,6 +3,7 @@
 
 import argparse
 import os
+import pickle
 import re
 import urllib.error
 from collections.abc import Mapping
@@ -86,18 +87,19 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return "no permission to read the file"
     if path.suffix == ".safetensors":
         return (
-            "a safetensors file: read it with safetensors.torch.load_file and convert it with "
-            "detr_fast.models.checkpoint.from_transformers"
+            f"torch cannot read it ({error}): read it with safetensors.torch.load_file and convert "
+            "it with detr_fast.models.transformers_keys.from_transformers"
         )
-    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if refused:
+    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
         return (
             f"refused, nothing of it was run: it holds {refused[1]}, and only tensors, plain "
             "containers and argparse.Namespace are safe to read. If you trust its author, load it "
             "with torch.load(path, weights_only=False) and save its state dict anew"
         )
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return f"not a checkpoint or a damaged one ({reason}): copy or download it again"
+    # torch's text on a broken pickle recommends to load it unsafely
+    known = not isinstance(error, pickle.UnpicklingError) and str(error).strip()
+    reason = f" ({known.splitlines()[0]})" if known else ""
+    return f"not a checkpoint of tensors, or damaged{reason}: copy or download it again"
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
@@ -126,21 +128,18 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the state dict of a checkpoint: under ``model``, under ``state_dict``, or bare.
 
-    The ``module.`` of ``DistributedDataParallel`` is taken off, and ``num_batches_tracked``, which
-    a frozen batch norm does not have, left out.
+    The ``module.`` of ``DistributedDataParallel`` is taken off.
     """
     state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError("found no state dict: expected it under 'model', or by itself")
-    return {
-        key.removeprefix("module."): value
-        for key, value in state.items()
-        if not key.endswith(".num_batches_tracked")
-    }
+    return {key.removeprefix("module."): value for key, value in state.items()}
 
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Load weights into a model; every key and shape must fit.
+
+    Only ``num_batches_tracked``, which a frozen batch norm does not have, is left out.
 
     Args:
         model (nn.Module): the model; it stays as it was if something does not fit.
@@ -150,8 +149,12 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: names the keys that are missing, unexpected or of another shape.
     """
-    state = weights_of(state_dict)
     own = model.state_dict()
+    state = {
+        key: value
+        for key, value in weights_of(state_dict).items()
+        if key in own or not key.endswith(".num_batches_tracked")
+    }
     problems = _differences(own, state)
     if not problems:
         model.load_state_dict(state)

@@ -269,9 +269,10 @@ def _published(config: ModelConfig, file: str, pretrained: bool, return_postproc
             f"num_classes: the published weights have {PUBLISHED_CLASSES}, got "
             f"{config.num_classes}: use pretrained=False or num_classes={PUBLISHED_CLASSES}"
         )
+    checkpoint = read_checkpoint(PUBLISHED + file) if pretrained else None
     model = build_detr(config)
-    if pretrained:
-        load_weights(model, read_checkpoint(PUBLISHED + file))
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
     return _with_postprocessor(model, return_postprocessor)
 
 
