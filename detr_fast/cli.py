@@ -25,7 +25,11 @@ Model and data come from the checkpoint where it tells, else from the flags."""
 
 
 def _complain(error: Exception) -> None:
-    sys.stderr.write(f"error: {error}\n")
+    # an error of a loader process arrives with its traceback; the last line is the message
+    line = str(error).strip().splitlines()[-1]
+    sys.stderr.write(
+        f"error: {line.removeprefix(f'{type(error).__module__}.').removeprefix(f'{type(error).__name__}: ')}\n"
+    )
 
 
 def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from detr_fast.config import Config, UsageError
-from detr_fast.criterion import SetCriterion
+from detr_fast.criterion import SetCriterion, loss_weights
 from detr_fast.data.batch import collate
 from detr_fast.data.coco import build_coco
 from detr_fast.data.shapes import ShapesDetection
@@ -130,13 +130,12 @@ def build_model(
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
     """DETR's losses with the weights of the flags."""
-    weights = {
-        "loss_ce": 1.0,
-        "loss_bbox": config.bbox_loss_coef,
-        "loss_giou": config.giou_loss_coef,
-    }
-    inner_layers = range(config.dec_layers - 1 if config.aux_loss else 0)
-    weights |= {f"{name}_{i}": w for i in inner_layers for name, w in weights.items()}
+    weights = loss_weights(
+        config.dec_layers,
+        config.aux_loss,
+        bbox_loss_coef=config.bbox_loss_coef,
+        giou_loss_coef=config.giou_loss_coef,
+    )
     return SetCriterion(
         num_classes,
         matcher=build_matcher(config),

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop on a handful of generated images and a model of a few thousand weights."""
+
+import copy
+import functools
+import json
+import os
+import signal
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from detr_fast import cli
+from detr_fast.config import configure, parse
+from detr_fast.data.shapes import ShapesDetection
+from detr_fast.engine import build, train
+from detr_fast.engine.evaluate import evaluate_checkpoint
+from detr_fast.engine.optim import build_optimizer, build_schedule
+from detr_fast.models import detr_resnet50
+from detr_fast.models.checkpoint import read_checkpoint
+
+SMALL = (
+    "--hidden_dim 32 --nheads 4 --enc_layers 1 --dec_layers 2 --dim_feedforward 32 "
+    "--num_queries 8 --batch_size 4 --device cpu"
+)
+STEPS = 3  # per epoch, of 4 images
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch):
+    lengths = {"train": 4 * STEPS + 1, "val": 6}
+
+    @functools.wraps(ShapesDetection)
+    def few(image_set, augment):
+        return ShapesDetection(image_set, augment, length=lengths[image_set])
+
+    monkeypatch.setattr(build, "ShapesDetection", few)
+
+
+def config(line):
+    return configure(parse("train.py", "", f"{SMALL} {line}".split()))
+
+
+def fit(line):
+    """Train as the command line says, from the start or from its checkpoint."""
+    return cli.train(f"{SMALL} {line}".split())
+
+
+def test_a_run_leaves_everything_in_its_folder(tmp_path, capsys):
+    assert fit(f"--epochs 2 --lr_drop 1 --output_dir {tmp_path}") == 0
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].startswith("preset shapes: training detr_tiny")
+    assert f"Epoch: [1]  [0/{STEPS}]  eta: " in printed
+    names = ["checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth", "checkpoint_best.pth"]
+    names += ["curves.png", "detections.png", "eval", "log.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["000.pth", "latest.pth"]
+
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1]
+    assert [entry["train_lr"] for entry in log] == pytest.approx([5e-4, 5e-5])
+    terms = ["loss", "class_error", "loss_ce", "loss_bbox_0", "loss_giou_unscaled"]
+    assert {f"{part}_{name}" for part in ("train", "test") for name in terms} <= log[0].keys()
+    assert len(log[0]["test_coco_eval_bbox"]) == 12
+
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
+    assert checkpoint["epoch"] == 1
+    assert checkpoint["class_names"] == {0: "disc", 1: "rectangle", 2: "triangle", 3: "cross"}
+    assert checkpoint["model_config"]["num_queries"] == 8
+    trainable = sum(group["params"].__len__() for group in checkpoint["optimizer"]["param_groups"])
+    assert trainable == len(checkpoint["optimizer"]["state"])
+
+
+def test_evaluation_of_the_checkpoint_repeats_the_last_ap(tmp_path, capsys):
+    fit(f"--epochs 1 --output_dir {tmp_path}")
+    trained = capsys.readouterr().out.partition("IoU metric: bbox")[2].partition("Training time")[0]
+    command = f"--resume {tmp_path}/checkpoint.pth --output_dir {tmp_path}/eval --save_json"
+    assert cli.evaluate([*command.split(), "--per_class", "--device", "cpu"]) == 0
+    evaluated = capsys.readouterr().out.partition("IoU metric: bbox")[2]
+    assert trained
+    assert evaluated.startswith(trained)
+    assert "triangle" in evaluated
+    detections = json.loads((tmp_path / "eval/detections.json").read_text())
+    assert len(detections) == 6 * 8
+    assert {"image_id", "category_id", "bbox", "score"} == detections[0].keys()
+    assert "precision" in read_checkpoint(tmp_path / "eval/eval.pth")
+
+
+def test_evaluators_agree(tmp_path, capsys):
+    fit(f"--epochs 1 --output_dir {tmp_path}")
+    tables = []
+    for evaluator in ("hotcoco", "pycocotools"):
+        given = parse("", "", f"--eval --resume {tmp_path}/checkpoint.pth --device cpu".split())
+        checkpoint = read_checkpoint(given["resume"])
+        given["evaluator"] = evaluator
+        settings = configure(given, build.stored_flags(checkpoint))
+        tables.append(evaluate_checkpoint(settings, checkpoint).result.stats)
+    assert tables[0] == pytest.approx(tables[1], abs=1e-9)
+
+
+def test_steps_equal_the_original_loop(monkeypatch):
+    """Weights after an epoch are those of the published loop, written out."""
+    settings = config("--lr_drop 1")
+    device = build.build_device(settings)
+    dataset = build.build_dataset("train", settings)
+    dataset.augment = False
+    names, num_classes = dataset.class_names, dataset.num_classes
+    model, _ = build.build_model(settings, None, names, num_classes)
+    twin = copy.deepcopy(model)
+    criterion = build.build_criterion(settings, num_classes)
+    batches = list(build.build_loader(dataset, settings, device, shuffle=False))[:STEPS]
+
+    optimizer = build_optimizer(model, lr=1e-3, lr_backbone=1e-4, weight_decay=1e-4)
+    train.train_one_epoch(
+        model,
+        criterion,
+        batches,
+        optimizer,
+        device,
+        epoch=0,
+        clip_max_norm=0.1,
+        print_freq=1,
+        stop=train.StopRequest(),
+    )
+
+    groups = [
+        {"params": [p for n, p in twin.named_parameters() if "backbone" not in n]},
+        {"params": [p for n, p in twin.named_parameters() if "backbone" in n], "lr": 1e-4},
+    ]
+    expected = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)
+    twin.train()
+    for images, targets in batches:
+        losses = criterion(twin(images), targets)
+        weights = criterion.weight_dict
+        total = sum(losses[name] * weights[name] for name in losses if name in weights)
+        expected.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        expected.step()
+    assert_close(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+def test_resume_continues_where_the_run_ended(tmp_path, capsys):
+    fit(f"--epochs 1 --output_dir {tmp_path}")
+    fit(f"--epochs 3 --output_dir {tmp_path} --resume {tmp_path}/checkpoint.pth")
+    log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert [entry["epoch"] for entry in log] == [0, 1, 2]
+    state = read_checkpoint(tmp_path / "checkpoint.pth")["optimizer"]["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {3 * STEPS}
+    fit(f"--epochs 3 --output_dir {tmp_path} --resume {tmp_path}/checkpoint.pth")
+    assert "nothing to train" in capsys.readouterr().out
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("during", ["train", "eval"])
+def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, during):
+    forward = train.SetCriterion.forward
+    seen = []
+
+    def interrupted(self, outputs, targets):
+        seen.append(self.training)
+        if seen[-1] == (during == "train") and seen.count(seen[-1]) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, outputs, targets)
+
+    monkeypatch.setattr(train.SetCriterion, "forward", interrupted)
+    assert fit(f"--epochs 2 --output_dir {tmp_path}") == 130
+    assert f"--resume {tmp_path}/checkpoint.pth" in capsys.readouterr().out
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
+    steps = {int(entry["step"]) for entry in checkpoint["optimizer"]["state"].values()}
+    # in training the step in hand is finished; the epoch is begun anew with these weights
+    assert (checkpoint["epoch"], steps) == ((-1, {2}) if during == "train" else (0, {STEPS}))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again = f"--epochs 1 --output_dir {tmp_path} --resume {tmp_path}/checkpoint.pth"
+    assert fit(again) == 0
+    assert read_checkpoint(tmp_path / "checkpoint.pth")["epoch"] == 0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, capsys, monkeypatch):
+    forward = train.SetCriterion.forward
+
+    def broken(self, outputs, targets):
+        losses = forward(self, outputs, targets)
+        return {**losses, "loss_giou_0": losses["loss_giou_0"] * float("nan")}
+
+    monkeypatch.setattr(train.SetCriterion, "forward", broken)
+    assert fit(f"--output_dir {tmp_path}") == 1
+    error = capsys.readouterr().err
+    assert "loss is nan in epoch 0 (loss_giou_0 = nan; images [" in error
+    assert "lower --lr" in error
+
+
+def test_optimizer_has_the_originals_groups_and_schedule():
+    model = detr_resnet50()
+    optimizer = build_optimizer(model, lr=1e-4, lr_backbone=1e-5, weight_decay=1e-4)
+    schedule = build_schedule(optimizer, lr_drop=2)
+    sizes = [sum(p.numel() for p in group["params"]) for group in optimizer.param_groups]
+    in_backbone = sum(p.numel() for p in model.backbone.parameters() if p.requires_grad)
+    assert sizes == [41302368 - in_backbone, in_backbone]
+    rates = []
+    for _ in range(3):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        schedule.step()
+    assert rates == [[1e-4, 1e-5], [1e-4, 1e-5], pytest.approx([1e-5, 1e-6])]
+
+
+def test_milestones_are_those_of_the_original():
+    assert [e for e in range(300) if train.is_milestone(e, lr_drop=200)] == [99, 199, 299]
+
+
+def test_too_few_images_are_named(tmp_path, capsys):
+    assert fit(f"--batch_size 64 --output_dir {tmp_path}") == 2
+    message = f"--batch_size 64: there are only {4 * STEPS + 1} training images"
+    assert message in capsys.readouterr().err
