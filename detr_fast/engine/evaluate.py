@@ -2,6 +2,7 @@
 """Evaluation: losses, detections and COCO AP over a data set."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +97,14 @@ def evaluate(
     return Evaluation(log.averages(), result, samples)
 
 
+def _per_class_lines(result: CocoResult) -> Iterator[str]:
+    scores = result.per_class()
+    width = max(map(len, scores), default=0)
+    yield f"{'':{width}}     AP   AP50"
+    for name, score in scores.items():
+        yield f"{name:>{width}}  {score['AP']:5.3f}  {score['AP50']:5.3f}"
+
+
 def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluation:
     """Evaluate as the flags say; write ``eval.pth`` and ``detections.json`` where they ask for it.
 
@@ -115,8 +124,7 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         print_freq=config.print_freq,
     )
     if config.per_class:
-        for name, ap in evaluation.result.per_class().items():
-            say(f"{name:>24}  {ap}")
+        say("\n".join(_per_class_lines(evaluation.result)))
     if config.output_dir:
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)
