@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from detr_fast.engine import log
 from detr_fast.engine.log import JsonLog, MetricLogger, SmoothedValue, read_log, say
@@ -176,28 +176,28 @@ def test_nan_shows_until_it_leaves_the_window():
     assert str(SmoothedValue()) == "nan (nan)"
 
 
-class CountReads(TorchDispatchMode):
-    """Counts what would wait for a GPU: `.item()` and the stacking that one copy needs."""
+class Reads(TorchFunctionMode):
+    """Notes the calls that bring a tensor to the host: on a GPU each of them waits."""
 
     def __init__(self):
         super().__init__()
-        self.items = self.stacks = 0
+        self.names = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.items += func is torch.ops.aten._local_scalar_dense.default
-        self.stacks += func in (torch.ops.aten.stack.default, torch.ops.aten.cat.default)
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("item", "tolist", "numpy", "cpu", "to", "__float__", "__bool__"):
+            self.names.append(func.__name__)
         return func(*args, **(kwargs or {}))
 
 
 def test_tensors_are_read_once_per_line(clock):
     stream = io.StringIO()
     logger = train_log(stream)
-    with CountReads() as reads:
+    with Reads() as reads:
         for index in logger.log_every(Loader(21, clock, wait=0.1), 10, "Epoch: [3]"):
             losses = {f"loss_{i}": torch.full((), float(i + index)) for i in range(12)}
             logger.update(**losses, class_error=torch.zeros(1), lr=0.5)
     assert stream.getvalue().count("\n") == 4
-    assert (reads.items, reads.stacks) == (0, 3)  # lines 0, 10 and 20
+    assert reads.names == ["tolist"] * 3  # lines 0, 10 and 20
     assert logger.averages() == {"lr": 0.5, "class_error": 0.0} | {
         f"loss_{i}": i + 10.0 for i in range(12)
     }
@@ -255,16 +255,20 @@ def test_without_tqdm_a_terminal_shows_lines(monkeypatch):
     assert stream.getvalue().count("\n") == 3
 
 
-def test_a_broken_loop_takes_its_bar_away():
-    from tqdm import tqdm
+def test_a_broken_loop_takes_its_bar_away(monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    bars = []
 
-    def loop(stream):
-        for _ in MetricLogger(stream=stream).log_every([0, 1], 1, "Epoch: [0]"):
+    class Bar(tqdm.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)  # or the end of the object would take the bar away
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        for _ in MetricLogger(stream=Terminal()).log_every([0, 1], 1, "Epoch: [0]"):
             raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        loop(Terminal())
-    assert not list(tqdm._instances)
+    assert [bar.disable for bar in bars] == [True]  # what close() leaves
 
 
 def test_json_log_is_what_plot_logs_reads(tmp_path):

@@ -91,6 +91,15 @@ def test_nothing_leaves_its_picture(tmp_path):
     assert min(border[:4].any(0).mean(), border[:, -4:].any(1).mean()) > 0.5
 
 
+def test_no_name_leaves_a_picture_narrower_than_itself(tmp_path):
+    """281 x 9 pixels hold no name: what does not fit is cut off."""
+    pixels = draw(tmp_path / "a.png", [grey(1280, 40)] * 4, [found((0, 0.9, 5, 500, 30, 900))] * 4)
+    assert has_color(pixels, class_color(0)).any()
+    for column in range(4):
+        left = LEFT + column * (CELL + 14)
+        assert (pixels[TOP:, left + 10 : left + CELL + 14] == 255).all()
+
+
 def test_ground_truth_is_dashed_and_named_only_where_it_was_missed(tmp_path):
     truth = [annotated((0, 20, 40, 80, 100)), annotated((0, 20, 40, 80, 100)), annotated()]
     detections = [found((0, 0.9, 22, 42, 82, 102)), found((1, 0.9, 22, 42, 82, 102)), found()]
