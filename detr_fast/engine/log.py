@@ -194,8 +194,8 @@ class MetricLogger:
             file=self.stream or sys.stdout,
             leave=False,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}"
-            "  {rate_fmt}  {elapsed} gone, {remaining} left",
+            bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left "
+            "({rate_fmt})",
         )
         start = last = perf_counter()
         try:
