@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -17,6 +18,10 @@ except ImportError as error:
         "In a checkout, build it with `uv sync` or `pip install -e . --no-build-isolation`. If "
         "detr_fast is installed elsewhere, do not run Python from the checkout's root."
     ) from error
+
+
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def _load_cuda() -> str | None:
@@ -71,12 +76,14 @@ def use_reference() -> Iterator[None]:
         _reference_in_use = before
 
 
-def with_reference(reference: Callable) -> Callable[[Callable], Callable]:
+def with_reference(
+    reference: Callable[P, Result],
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
     """Decorate an op with its reference twin, which :func:`use_reference` calls instead."""
 
-    def decorate(op: Callable) -> Callable:
+    def decorate(op: Callable[P, Result]) -> Callable[P, Result]:
         @functools.wraps(op)
-        def run(*args, **kwargs):
+        def run(*args: P.args, **kwargs: P.kwargs) -> Result:
             return (reference if _reference_in_use else op)(*args, **kwargs)
 
         return run

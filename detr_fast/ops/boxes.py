@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Box ops.  Boxes are corners ``(x0, y0, x1, y1)`` with ``x0 <= x1`` and ``y0 <= y1``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,7 +28,8 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     Raises:
         RuntimeError: if a shape, dtype or device does not fit.
     """
-    return torch.ops.detr_fast.generalized_box_iou.default(boxes1, boxes2)
+    giou: Tensor = torch.ops.detr_fast.generalized_box_iou.default(boxes1, boxes2)
+    return giou
 
 
 @torch.library.register_fake("detr_fast::generalized_box_iou")
@@ -39,12 +42,12 @@ def _generalized_box_iou_backward_fake(grad: Tensor, boxes1: Tensor, boxes2: Ten
     return torch.empty_like(boxes1, memory_format=torch.contiguous_format)
 
 
-def _generalized_box_iou_setup(ctx, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+def _generalized_box_iou_setup(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 @once_differentiable
-def _generalized_box_iou_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _generalized_box_iou_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     backward = torch.ops.detr_fast.generalized_box_iou_backward.default
     boxes1, boxes2 = ctx.saved_tensors
     needs1, needs2 = ctx.needs_input_grad
