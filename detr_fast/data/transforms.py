@@ -61,12 +61,14 @@ def normalize(image: Tensor) -> Tensor:
         image (Tensor[..., 3, H, W]): uint8, or floating point in [0, 1]
 
     Returns:
-        Tensor[..., 3, H, W]: float32, or the floating-point type given
+        Tensor[..., 3, H, W]: new and contiguous; float32, or the floating-point type given
     """
-    if not image.is_floating_point():
-        image = image.to(torch.float32) / 255
+    if image.is_floating_point():
+        image = image.clone(memory_format=torch.contiguous_format)
+    else:
+        image = image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     mean, std = (image.new_tensor(values)[:, None, None] for values in (MEAN, STD))
-    return (image - mean).div_(std)
+    return image.sub_(mean).div_(std)
 
 
 def resized_size(

@@ -176,6 +176,7 @@ def test_evaluation_equals_pil_and_numpy(width, height):
     box = [0.25 * width, 0.5 * height, 0.75 * width, height]
     pixels, target = eval_transforms()(image, make_target([box], height, width))
     assert pixels.dtype == torch.float32
+    assert pixels.is_contiguous()
     np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(target["boxes"].numpy(), [[0.5, 0.75, 0.5, 0.5]], atol=1e-6)
     assert target["size"].tolist() == list(pixels.shape[1:])
@@ -214,6 +215,9 @@ def test_training_sizes_are_those_of_the_original():
     shapes = [size for size, _ in augmented_shapes(count, 80, 60)]
     assert all(size in whole or size in allowed_crops for size in shapes)
     assert {min(size) for size in shapes} == set(SCALES)
+    # 4 : 3 as given; crops of 384 to 600 pixels reach from 16 : 25 to 25 : 16
+    assert max(w / h for h, w in shapes) > 1.4
+    assert min(w / h for h, w in shapes) < 0.9
     uncropped = sum(size in whole for size in shapes)
     # a crop may by chance have a size of the whole image: a little over one half
     assert 0.35 * count < uncropped < 0.7 * count

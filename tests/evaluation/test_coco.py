@@ -173,7 +173,10 @@ def random_case(seed):
     return truth, predictions
 
 
-@pytest.mark.parametrize("seed", range(4))
+SEEDS = [*range(4), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(4, 100))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_evaluators_agree(seed):
     truth, predictions = random_case(seed)
     fast, referee = (evaluate(truth, predictions, name) for name in EVALUATORS)
@@ -236,7 +239,7 @@ def test_nothing_to_find(evaluator):
     assert result.stats == [-1] * 12
 
 
-def test_labels_that_are_not_listed_do_not_count(evaluator):
+def test_labels_that_are_not_listed_do_not_count(evaluator, capfd):
     truth = make_truth([(1, 1, 0, 0, 50, 50)])
     found = make_prediction([(0.9, 77, 0, 0, 50, 50), (0.5, 1, 0, 0, 50, 50)])
     result = evaluate(truth, {1: found}, evaluator)
@@ -244,17 +247,19 @@ def test_labels_that_are_not_listed_do_not_count(evaluator):
     assert [row["category_id"] for row in result.detections] == [77, 1]
     only_unlisted = make_prediction([(0.9, 77, 0, 0, 50, 50)])
     assert evaluate(truth, {1: only_unlisted}, evaluator).stats[0] == 0
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_floating_point_types(evaluator, dtype):
-    truth = make_truth([(1, 1, 8, 8, 64, 32)])
-    found = make_prediction([(0.5, 1, 8, 8, 72, 40)], dtype)
+    truth = make_truth([(1, 1, 0.25, 8, 1000, 32)])
+    found = make_prediction([(0.7, 1, 0.25, 8, 1001, 40)], dtype)
     result = evaluate(truth, {1: found}, evaluator)
     assert result.stats[0] == pytest.approx(1)
-    assert result.detections == [
-        {"image_id": 1, "category_id": 1, "bbox": [8, 8, 64, 32], "score": 0.5}
-    ]
+    x0, y0, x1, y1 = found["boxes"][0].tolist()
+    box = [x0, y0, x1 - x0, y1 - y0]  # 1000.75 has no float16: the difference is taken in float32
+    score = found["scores"].item()
+    assert result.detections == [{"image_id": 1, "category_id": 1, "bbox": box, "score": score}]
 
 
 def test_annotation_ids_may_be_missing_equal_or_zero(evaluator):
