@@ -139,7 +139,6 @@ class SetCriterion(nn.Module):
             losses["class_error"] = 100 - correct * (100.0 / max(len(matched), 1))
         return losses
 
-    @torch.no_grad()
     def loss_cardinality(
         self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:

@@ -258,6 +258,16 @@ def test_a_subclass_replaces_and_adds_losses():
     assert not scaled
 
 
+def test_losses_run_outside_of_autocast():
+    class Linear(SetCriterion):
+        def loss_linear(self, outputs, targets, indices, num_boxes):
+            return {"loss_linear": outputs["pred_boxes"][0] @ torch.ones(4)}
+
+    outputs, targets, _ = layers_of([2], 9, layers=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert build(9, Linear, ["linear"])(outputs, targets)["loss_linear"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

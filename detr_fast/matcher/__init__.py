@@ -87,8 +87,7 @@ class HungarianMatcher(nn.Module):
                     of_targets = labels[image, :n], target_boxes[image, :n]
                     why = _why_not_finite(logits[image], boxes[image], *of_targets)
                     raise ValueError(f"image {image}: {why}")
-        query_of_target = linear_sum_assignment(cost, torch.tensor(counts))
-        return [_pairs(queries[:n]) for queries, n in zip(query_of_target, counts, strict=True)]
+        return _pairs(linear_sum_assignment(cost, torch.tensor(counts)))
 
 
 def build_matcher(args: Any) -> HungarianMatcher:
@@ -100,11 +99,12 @@ def build_matcher(args: Any) -> HungarianMatcher:
     )
 
 
-def _pairs(query_of_target: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) queries, -1 = free -> matched queries in ascending order and their targets."""
-    targets = (query_of_target >= 0).nonzero().squeeze(1)
-    queries, order = query_of_target[targets].sort()
-    return queries, targets[order]
+def _pairs(query_of_target: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(B, T) queries, -1 = free -> matched queries in ascending order, and their targets."""
+    free = query_of_target < 0
+    queries, targets = query_of_target.masked_fill(free, torch.iinfo(torch.int64).max).sort(dim=1)
+    counts = free.logical_not().sum(1).tolist()
+    return [(q[:n], t[:n]) for q, t, n in zip(queries, targets, counts, strict=True)]
 
 
 def _why_not_finite(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> str:

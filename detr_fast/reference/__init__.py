@@ -3,7 +3,6 @@
 
 from detr_fast.reference.boxes import (
     box_cxcywh_to_xyxy,
-    box_xyxy_to_cxcywh,
     generalized_box_iou,
     matched_box_losses,
 )
@@ -11,7 +10,6 @@ from detr_fast.reference.matcher import linear_sum_assignment
 
 __all__ = [
     "box_cxcywh_to_xyxy",
-    "box_xyxy_to_cxcywh",
     "generalized_box_iou",
     "linear_sum_assignment",
     "matched_box_losses",

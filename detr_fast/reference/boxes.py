@@ -14,12 +14,6 @@ def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     return torch.stack([cx - 0.5 * w, cy - 0.5 * h, cx + 0.5 * w, cy + 0.5 * h], dim=-1)
 
 
-def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners to centre and size: (..., 4) -> (..., 4)."""
-    x0, y0, x1, y1 = boxes.unbind(-1)
-    return torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=-1)
-
-
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Generalized IoU of every pair of boxes: (N, 4), (M, 4) -> (N, M)."""
     return broadcast_giou(boxes1[:, None], boxes2)

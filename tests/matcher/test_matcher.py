@@ -145,11 +145,17 @@ def test_takes_an_image_without_boxes_in_any_empty_form(boxes_shape):
     assert_close(pairs, published_match(outputs, targets, **WEIGHTS))
 
 
-def test_gives_no_gradient_and_leaves_inputs_alone():
+def test_keeps_nothing_for_a_backward_and_leaves_inputs_alone():
     outputs, targets = random_batch([5], 20, 9)
     before = {name: value.clone() for name, value in outputs.items()}
-    outputs["pred_boxes"].requires_grad_()
-    check(outputs, targets)
+    for value in outputs.values():
+        value.requires_grad_()
+
+    def refuse(tensor):
+        raise AssertionError(f"{tuple(tensor.shape)} saved for the backward")
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        HungarianMatcher(**WEIGHTS)(outputs, targets)
     assert_close({name: value.detach() for name, value in outputs.items()}, before)
 
 
