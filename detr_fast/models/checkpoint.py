@@ -199,23 +199,27 @@ def model_config_from_checkpoint(checkpoint: Mapping[str, Any]) -> ModelConfig |
         ModelConfig | None: None if these are no weights of a DETR.
 
     Raises:
-        CheckpointError: if ``model_config`` has fields that this version does not know.
+        CheckpointError: if it holds no weights at all, or describes a model that this version does
+            not know.
     """
     if "model_config" in checkpoint:
         values = checkpoint["model_config"]
-        unknown = sorted(set(values) - FIELDS)
-        if unknown:
+        if unknown := sorted(set(values) - FIELDS):
             raise CheckpointError(
                 f"model_config: unknown fields {', '.join(unknown)}: "
                 "the checkpoint was written by a newer detr_fast"
             )
+    else:
+        shown = _fields_from_shapes(weights_of(checkpoint))
+        if shown is None:
+            return None
+        args = checkpoint.get("args") or {}
+        args = vars(args) if isinstance(args, argparse.Namespace) else args
+        values = {key: args[key] for key in FIELDS & set(args)} | shown
+    try:
         return ModelConfig(**values)
-    shown = _fields_from_shapes(weights_of(checkpoint))
-    if shown is None:
-        return None
-    args = checkpoint.get("args", {})
-    args = vars(args) if isinstance(args, argparse.Namespace) else args
-    return ModelConfig(**{key: args[key] for key in FIELDS & set(args)} | shown)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint describes no valid model: {error}") from error
 
 
 def _fields_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -226,8 +230,7 @@ def _fields_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
 
     def depth(stack: str) -> int:
         layer = re.compile(rf"transformer\.{stack}\.layers\.(\d+)\.")
-        numbers = [int(found[1]) for key in state if (found := layer.match(key))]
-        return max(numbers, default=-1) + 1
+        return len({found[1] for key in state if (found := layer.match(key))})
 
     shown = {
         "num_classes": len(state["class_embed.weight"]) - 1,

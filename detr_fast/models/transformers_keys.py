@@ -132,7 +132,7 @@ def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     state = weights_of(state_dict)
     old = any(key.startswith(LAYOUTS["published"]["backbone"]) for key in state)
-    own_resnet = any(".embedder.embedder." in key for key in state)
+    own_resnet = any(".convolution." in key for key in state)
     table = _table("published" if old else "installed", "resnet" if own_resnet else "timm")
     rename = _Prefixes(
         (theirs.replace("{qkv}", part), f"{part}:{ours}" if "{qkv}" in theirs else ours)
@@ -143,6 +143,8 @@ def from_transformers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     parts: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in state.items():
+        if key.endswith(".num_batches_tracked"):  # saved from plain batch norms
+            continue
         name = rename(key)
         if name is None:
             unknown.append(key)

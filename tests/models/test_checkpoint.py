@@ -371,3 +371,16 @@ def test_config_of_a_newer_version_is_named():
     fields = {**asdict(SMALL), "num_feature_levels": 4}
     with pytest.raises(CheckpointError, match="unknown fields num_feature_levels"):
         model_config_from_checkpoint({"model_config": fields})
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({"model_config": {"hidden_dim": 30}}, "hidden_dim: expected a multiple of nheads"),
+        ({"model_config": {"dec_layers": "six"}}, "no valid model"),
+        ({"epoch": 3, "optimizer": {}}, "found no state dict"),
+    ],
+)
+def test_config_that_makes_no_model_is_named(checkpoint, message):
+    with pytest.raises(CheckpointError, match=message):
+        model_config_from_checkpoint(checkpoint)
