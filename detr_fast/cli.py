@@ -25,11 +25,11 @@ Model and data come from the checkpoint where it tells, else from the flags."""
 
 
 def _complain(error: Exception) -> None:
+    kind = type(error)
     # an error of a loader process arrives with its traceback; the last line is the message
     line = str(error).strip().splitlines()[-1]
-    sys.stderr.write(
-        f"error: {line.removeprefix(f'{type(error).__module__}.').removeprefix(f'{type(error).__name__}: ')}\n"
-    )
+    line = line.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__name__}: ")
+    sys.stderr.write(f"error: {line}\n")
 
 
 def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:
@@ -45,7 +45,7 @@ def _run(program: str, description: str, arguments: Sequence[str] | None, eval: 
             evaluate_checkpoint(config, checkpoint)
             return 0
         return fit(config, checkpoint)
-    except (UsageError, DatasetError, CheckpointError) as error:
+    except (UsageError, DatasetError, CheckpointError, ImportError) as error:
         _complain(error)
         return 2
     except TrainingDivergedError as error:

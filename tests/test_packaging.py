@@ -50,9 +50,15 @@ for name in {NOT_CORE}:
 import detr_fast, detr_fast.reference, detr_fast.matcher, detr_fast.criterion, detr_fast.models
 model = detr_fast.detr_resnet50()
 print(sum(p.numel() for p in model.parameters() if p.requires_grad))
+import detr_fast.cli
+print(detr_fast.cli.train(["--epochs", "1", "--output_dir", ""]))
 """
     result = run_python(code)
-    assert result.stdout.strip() == "41302368", result.stderr
+    assert result.stdout.splitlines()[0] == "41302368", result.stderr
+    assert result.stdout.splitlines()[-1] == "2"
+    remedy = 'pip install "detr-fast[train]"'
+    assert remedy in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_public_names_are_documented():

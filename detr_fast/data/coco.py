@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,10 +17,8 @@ from torch.utils.data import Dataset
 
 from detr_fast.data.transforms import eval_transforms, train_transforms
 
-try:
-    from PIL import Image
-except ImportError as error:
-    raise ImportError('reading images needs pillow: pip install "detr-fast[train]"') from error
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LAYOUT = "--coco_path must hold train2017/, val2017/ and annotations/instances_{train,val}2017.json"
 
@@ -226,14 +225,17 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     Raises:
         DatasetError: the folder or file is missing or malformed; from ``dataset[i]``, an image
             is missing or unreadable.
+        ImportError: without pillow.
     """
 
     def __init__(
         self,
         image_folder: str | Path,
         annotation_file: str | Path,
-        transforms: Callable[[Image.Image, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
+        transforms: Callable[[Image, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
     ):
+        if find_spec("PIL") is None:
+            raise ImportError('reading images needs pillow: pip install "detr-fast[train]"')
         self.image_folder, self.annotation_file = Path(image_folder), Path(annotation_file)
         self.transforms = transforms
         if not self.image_folder.is_dir():
@@ -271,12 +273,14 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """All boxes, crowds included, as a COCO dict for the evaluator (made at each access)."""
         return self.annotations.to_dict()
 
-    def _open(self, index: int) -> Image.Image:
+    def _open(self, index: int) -> Image:
+        from PIL.Image import DecompressionBombError, open
+
         path = self.image_folder / str(self.annotations.file_names[index])
         try:
-            with Image.open(path) as image:
+            with open(path) as image:
                 return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
             found = "is missing" if not path.exists() else f"cannot be decoded ({error})"
             raise DatasetError(
                 f"{path}: image id {self.annotations.image_ids[index]} {found}; restore the file "
