@@ -269,13 +269,19 @@ def small_model():
 def test_boxes_stay_float32_under_autocast(small_model):
     batch = random_batch((64, 96), (50, 33))
     expected = small_model(batch)
+    seen = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        for layer in (*small_model.bbox_embed.layers, small_model.input_proj)
+    ]
     with torch.autocast("cpu", torch.bfloat16):
         outputs = small_model(batch)
+    for hook in hooks:
+        hook.remove()
+    assert seen == [torch.bfloat16, *[torch.float32] * 3]  # the projection, then the box head
     for layer in (outputs, *outputs["aux_outputs"]):
         assert layer["pred_boxes"].dtype == layer["pred_logits"].dtype == torch.float32
-    boxes = outputs["pred_boxes"]
-    assert not torch.equal(boxes, boxes.bfloat16().float())  # not rounded on the way
-    assert_close(boxes, expected["pred_boxes"], atol=0.05, rtol=0)
+    assert_close(outputs["pred_boxes"], expected["pred_boxes"], atol=0.05, rtol=0)
     assert_close(outputs["pred_logits"], expected["pred_logits"], atol=0.2, rtol=0.1)
 
 
