@@ -3,17 +3,14 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
-from urllib.error import URLError
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from detr_fast import models
 from detr_fast.data.batch import ImageBatch
-from detr_fast.models import ModelConfig, PostProcess, build_detr
+from detr_fast.models import ModelConfig, build_detr
 from detr_fast.models.backbone import ResNet
-from detr_fast.models.checkpoint import CheckpointError
 from detr_fast.models.detr import _padded_cells
 from tests.models.random_models import (
     SMALL,
@@ -322,88 +319,3 @@ def test_compiles_without_graph_break(form):
     for name, grad in results[0][1].items():
         scale = grad.abs().max().item()
         assert_close(results[1][1][name], grad, rtol=1e-3, atol=1e-4 * scale, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("backbone", "vgg", "backbone: expected one of resnet50, resnet101, tiny, got 'vgg'"),
-        ("position_embedding", "v2", "position_embedding: expected one of sine, learned"),
-        ("num_classes", 0, "num_classes: expected at least 1, got 0"),
-        ("dec_layers", 0, "dec_layers: expected at least 1"),
-        ("enc_layers", -1, "enc_layers: expected at least 0"),
-        ("dropout", 1.0, r"dropout: expected a probability in \[0, 1\), got 1.0"),
-        ("nheads", 7, r"hidden_dim: expected a multiple of nheads \(7\) and of 4, got 256"),
-    ],
-)
-def test_config_names_what_does_not_fit(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        ModelConfig(**{field: value})
-
-
-def test_config_refuses_a_dilated_tiny_backbone():
-    with pytest.raises(ValueError, match="dilation: only the ResNet backbones"):
-        ModelConfig(backbone="tiny", dilation=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "backbone", "dilation"),
-    [
-        ("detr_resnet50", "resnet50", False),
-        ("detr_resnet50_dc5", "resnet50", True),
-        ("detr_resnet101", "resnet101", False),
-        ("detr_resnet101_dc5", "resnet101", True),
-    ],
-)
-def test_factories_build_what_they_say(name, backbone, dilation):
-    model, postprocess = getattr(models, name)(num_classes=3, return_postprocessor=True)
-    assert model.config == ModelConfig(num_classes=3, backbone=backbone, dilation=dilation)
-    assert isinstance(postprocess, PostProcess)
-    assert len(model.backbone[0].body.layer3) == {"resnet50": 6, "resnet101": 23}[backbone]
-    assert model.backbone[0].body.layer4[0].conv2.stride == ((1, 1) if dilation else (2, 2))
-
-
-def test_tiny_takes_other_fields():
-    model = models.detr_tiny(num_classes=9, num_queries=11)
-    assert model.config.backbone == "tiny"
-    outputs = model(random_batch((64, 96), (50, 33)))
-    assert outputs["pred_logits"].shape == (2, 11, 10)
-
-
-def test_pretrained_weights_are_for_91_classes():
-    with pytest.raises(ValueError, match="published weights have 91, got 20"):
-        models.detr_resnet50(pretrained=True, num_classes=20)
-
-
-def test_pretrained_takes_the_published_file(monkeypatch, tmp_path, resnet50):
-    def download(url, path, hash_prefix):
-        assert url == "https://dl.fbaipublicfiles.com/detr/detr-r50-e632da11.pth"
-        assert hash_prefix == "e632da11"
-        torch.save({"model": resnet50.state_dict()}, path)
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    model = models.detr_resnet50(pretrained=True)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, resnet50.state_dict()[name]), name
-
-
-@pytest.mark.parametrize(
-    ("name", "file"),
-    [
-        ("detr_resnet50", "detr-r50-e632da11.pth"),
-        ("detr_resnet50_dc5", "detr-r50-dc5-f0fb7ef5.pth"),
-        ("detr_resnet101", "detr-r101-2c7b67e5.pth"),
-        ("detr_resnet101_dc5", "detr-r101-dc5-a2e86def.pth"),
-    ],
-)
-def test_pretrained_offline_says_where_to_put_the_file(monkeypatch, tmp_path, name, file):
-    def download(*args):
-        raise URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    with pytest.raises(CheckpointError, match="no network") as caught:
-        getattr(models, name)(pretrained=True)
-    assert f"https://dl.fbaipublicfiles.com/detr/{file}" in str(caught.value)
-    assert str(tmp_path / "checkpoints" / file) in str(caught.value)
