@@ -19,21 +19,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from detr_fast.data.transforms import normalize
+
 NAME = "shapes-v1"
 SIDE = 128  # height and width of a picture
 CLASS_NAMES = {0: "disc", 1: "rectangle", 2: "triangle", 3: "cross"}
 LENGTHS = {"train": 2000, "val": 500}
 SEEDS = {"train": 1, "val": 2}
-MAX_OBJECTS = 6
-HIDDEN = (2, 5)  # at most 2/5 of an object's pixels are covered by others
-SIZES = (16, 60)  # longest side of an object's own frame, in pixels
-
-# ImageNet statistics, as in `detr_fast.data.transforms`, which needs torchvision
-MEAN = torch.tensor([0.485, 0.456, 0.406])
-STD = torch.tensor([0.229, 0.224, 0.225])
-
-_SCALE = 1 / (255 * STD)[:, None, None]
-_SHIFT = (MEAN / STD)[:, None, None]
+COUNTS = (1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6)  # objects in a picture, each entry as likely
+HIDDEN = (3, 10)  # at most 3/10 of an object's pixels are covered by others
+# longest side of an object's own frame, in pixels: one in six is small
+SMALL_SIZES = (16, 23)
+SIZES = (28, 60)
 
 _ONE = 1024  # fixed point: 1.0
 _COSINES = (1024, 989, 887, 724, 512, 265, 0)  # of 0, 15, ... 90 degrees
@@ -112,8 +109,8 @@ def _smooth_noise(random: _Random, cells: int) -> np.ndarray:
 
 def _background(random: _Random) -> tuple[np.ndarray, np.ndarray]:
     """Textured ground: (SIDE, SIDE, 3) int16 and its mean colour (3,)."""
-    base = random.several(3, 20, 235)
-    coarse, fine = random.several(3, 6, 24), random.several(3, 2, 12)
+    base = random.several(3, -25, 25) + np.int16(random.between(50, 120))
+    coarse, fine = random.several(3, 6, 20), random.several(3, 2, 10)
     ground = _smooth_noise(random, 2 << random.below(3))[..., None] * coarse
     ground += _smooth_noise(random, 8 << random.below(3))[..., None] * fine
     ground >>= 6
@@ -148,14 +145,14 @@ def _draw_clutter(random: _Random, canvas: np.ndarray, base: np.ndarray) -> None
                 2, 0, SIDE - 33
             )
             brush += 1
-        colour = (base + random.several(3, -90, 90)).clip(0, 255)
+        colour = (base + random.several(3, -60, 60)).clip(0, 255)
         points = points[((points >= 0) & (points <= SIDE - brush)).all(axis=1)]
         for dy in range(brush):
             for dx in range(brush):
                 canvas[points[:, 0] + dy, points[:, 1] + dx] = colour
 
 
-def _shape_mask(kind: int, width: int, height: int, turn: int) -> np.ndarray:
+def _shape_mask(label: int, width: int, height: int, turn: int) -> np.ndarray:
     """Tight bool mask (h, w) of a shape with the frame width x height, turned by turn * 15 degrees.
 
     The frame is shrunk so that the sides of its turned bounding box are at most max(width, height).
@@ -166,18 +163,17 @@ def _shape_mask(kind: int, width: int, height: int, turn: int) -> np.ndarray:
         width * abs(sine) + height * abs(cosine),
     )
     longest = max(width, height)
-    # axes in pixels
-    across, along = (max(1, side * longest * _ONE // max(spans)) for side in (width, height))
+    across, along = (side * longest * _ONE // max(spans) for side in (width, height))  # pixels
     offset = 2 * np.arange(longest + 2) - (longest + 1)  # twice the distance of pixel centres
     dy, dx = offset[:, None], offset[None, :]
     u = (cosine * dx + sine * dy) // across  # -_ONE ... _ONE inside the frame
     v = (cosine * dy - sine * dx) // along
     p, q = np.abs(u), np.abs(v)
-    if kind == 0:
+    if label == 0:
         mask = p * p + q * q <= _ONE * _ONE
-    elif kind == 1:
+    elif label == 1:
         mask = (p <= _ONE) & (q <= _ONE)
-    elif kind == 2:
+    elif label == 2:
         mask = (q <= _ONE) & (2 * p <= v + _ONE)
     else:
         bar = _ONE * 3 // 8
@@ -192,6 +188,37 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
+def _object_colour(random: _Random, others: list[np.ndarray]) -> np.ndarray:
+    """Of a few colours that are bright in one channel, the one farthest from all `others`."""
+    candidates = random.several(3 * _COLOUR_CANDIDATES, 20, 235).reshape(-1, 3)
+    brightest = random.several(_COLOUR_CANDIDATES, 0, 2)
+    candidates[np.arange(_COLOUR_CANDIDATES), brightest] = 235  # the ground is dim
+    distance = np.abs(candidates[:, None] - np.array(others)).sum(axis=2).min(axis=1)
+    return candidates[distance.argmax()]
+
+
+def _place(
+    random: _Random, mask: np.ndarray, owner: np.ndarray, areas: list[int]
+) -> tuple[slice, slice] | None:
+    """Rows and columns where `mask` hides too much of no earlier object; None if none is found."""
+    height, width = mask.shape
+    for _ in range(_ATTEMPTS):
+        top, left = random.below(SIDE - height + 1), random.below(SIDE - width + 1)
+        place = slice(top, top + height), slice(left, left + width)
+        covered = _pixels(owner[place][mask], len(areas))
+        if (
+            (HIDDEN[1] - HIDDEN[0]) * np.array(areas, dtype=np.int64)
+            <= HIDDEN[1] * (_pixels(owner, len(areas)) - covered)
+        ).all():
+            return place
+    return None
+
+
+def _pixels(owner: np.ndarray, objects: int) -> np.ndarray:
+    """(objects,) int64: how many pixels each of the objects has in `owner`."""
+    return np.bincount(owner.ravel() + 1, minlength=objects + 1)[1:]
+
+
 def generate(seed: int, index: int) -> Picture:
     """Paint picture `index` of the series `seed`; both in [0, 2**32)."""
     random = _Random(seed, index)
@@ -202,35 +229,21 @@ def generate(seed: int, index: int) -> Picture:
     labels: list[int] = []
     areas: list[int] = []
     colours = [base]
-    visible = np.zeros(MAX_OBJECTS, dtype=np.int64)
-    for _ in range(random.between(1, MAX_OBJECTS)):
-        kind, turn = random.below(len(CLASS_NAMES)), random.below(24)
-        size = random.between(*SIZES)
-        sides = size, size * random.between(10, 16) // 16
-        mask = _shape_mask(kind, *sides, turn)
-        candidates = random.several(3 * _COLOUR_CANDIDATES, 20, 235).reshape(-1, 3)
-        contrast = np.abs(candidates[:, None] - np.array(colours)).sum(axis=2).min(axis=1)
-        colour = candidates[contrast.argmax()]
-        height, width = mask.shape
-        number, area = len(labels), int(mask.sum())
-        for _ in range(_ATTEMPTS):
-            top, left = random.below(SIDE - height + 1), random.below(SIDE - width + 1)
-            window = owner[top : top + height, left : left + width]
-            covered = np.bincount(window[mask] + 1, minlength=MAX_OBJECTS + 1)[1:]
-            seen = (visible - covered)[:number]
-            if (HIDDEN[1] * seen >= (HIDDEN[1] - HIDDEN[0]) * np.array(areas, dtype=int)).all():
-                break
-        else:  # no room left without hiding most of another object
+    for _ in range(COUNTS[random.below(len(COUNTS))]):
+        label, turn = random.below(len(CLASS_NAMES)), random.between(-2, 2)
+        size = random.between(*(SIZES if random.below(6) else SMALL_SIZES))
+        mask = _shape_mask(label, size, size * random.between(10, 16) // 16, turn)
+        colour = _object_colour(random, colours)
+        place = _place(random, mask, owner, areas)
+        if place is None:
             continue
-        visible -= covered
-        visible[number] = area
-        window[mask] = number
+        height, width = mask.shape
         shade = np.arange(height)[:, None] * random.between(-24, 24) // height
         shade = shade + np.arange(width)[None, :] * random.between(-24, 24) // width
-        paint = canvas[top : top + height, left : left + width]
-        paint[mask] = (colour + shade[mask][:, None]).astype(np.int16)
-        labels.append(kind)
-        areas.append(area)
+        canvas[place][mask] = (colour + shade[mask][:, None]).astype(np.int16)
+        owner[place][mask] = len(labels)
+        labels.append(label)
+        areas.append(int(mask.sum()))
         colours.append(colour)
 
     grain = random.words(SIDE * SIDE * 3 // 8).astype("<u8").view(np.uint8)
@@ -257,8 +270,8 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             default: only in "train"
         length (int, optional): use the first pictures only
 
-    Items are `(image, target)`: image (Tensor[3, 128, 128]) float32, normalised with `MEAN` and
-    `STD`; target holds boxes (Tensor[n, 4]) float32 cxcywh in [0, 1], labels (Tensor[n]) int64,
+    Items are `(image, target)`: image (Tensor[3, 128, 128]) float32, normalised;
+    target holds boxes (Tensor[n, 4]) float32 cxcywh in [0, 1], labels (Tensor[n]) int64,
     image_id, area (Tensor[n], of the boxes in pixels), iscrowd, orig_size and size (h, w).
     """
 
@@ -294,7 +307,7 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, corners, labels = self._picture(index)
-        image = pixels.float().mul_(_SCALE).sub_(_SHIFT)
+        image = normalize(pixels)
         x0, y0, x1, y1 = corners.float().div(SIDE).unbind(1)  # exact: SIDE is a power of two
         boxes = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=1)
         if self.augment and torch.rand(()) < 0.5:
