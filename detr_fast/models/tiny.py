@@ -1,37 +1,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small model of the default run: a DETR that learns on two CPU cores within minutes.
 
-It is the DETR of `detr_fast.models.detr` with a small convolutional backbone.
+It is the DETR of `detr_fast.models.detr`; small are its numbers and its backbone.  What makes it
+learn within 1,200 steps is its start: a DETR of the usual start first spends hundreds of steps on
+finding out where queries should look, and what a box has to do with where they look.  Here each
+query looks at a place of its own from the first step on (`place_queries`), and features know their
+coordinates (`Coordinates`).
 """
 
-from itertools import pairwise
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from detr_fast.models.model_config import ModelConfig
 
+if TYPE_CHECKING:
+    from detr_fast.models.detr import DETR
+
 DETR_TINY = ModelConfig(
     num_classes=4,
     backbone="tiny",
-    position_embedding="learned",
     hidden_dim=128,
     nheads=8,
-    enc_layers=2,
-    dec_layers=3,
-    dim_feedforward=512,
+    enc_layers=1,
+    dec_layers=2,
+    dim_feedforward=256,
     dropout=0.0,
-    num_queries=25,
+    num_queries=16,
     pre_norm=True,
 )
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions with batch norm around a shortcut; the identity at first.
+
+    Args:
+        width (int): channels.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        nn.init.zeros_(self.bn2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (Tensor[B, width, H, W])`` to the same shape."""
+        out = torch.relu_(self.bn1(self.conv1(x)))
+        return torch.relu_(self.bn2(self.conv2(out)).add_(x))
 
 
 class Coordinates(nn.Module):
     """Append the column and the row of every cell as two channels (Liu et al., NeurIPS 2018).
 
-    DETR's values carry no position (its encoding goes into queries and keys alone), and few small
-    convolutions cannot learn it from the border of the image.  In pixels of the input, so that
-    padding to the right and below changes nothing.
+    DETR adds its position encoding to queries and keys and never to values, so that a box can be
+    told from the values alone if the features carry their place; few convolutions cannot learn it
+    from the border of the image.  Counted from the top left corner in units of 16 pixels, so that
+    padding to the right and below changes nothing, and shifted to be centred for 128 pixels.
 
     Args:
         stride (int): pixels of the input per cell.
@@ -44,30 +73,83 @@ class Coordinates(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x (Tensor[B, C, H, W])`` to Tensor[B, C + 2, H, W]."""
         height, width = x.shape[-2:]
-        step = torch.arange(max(height, width), dtype=x.dtype, device=x.device)
-        place = (step + 0.5) * (self.stride / 16) - 4  # -4 ... 4 over 128 pixels
+        cell = torch.arange(max(height, width), dtype=x.dtype, device=x.device)
+        place = (cell + 0.5) * (self.stride / 16) - 4
         columns = place[:width].expand(len(x), 1, height, width)
         rows = place[:height, None].expand(len(x), 1, height, width)
         return torch.cat([x, columns, rows], dim=1)
 
 
 class ConvBackbone(nn.Module):
-    """Four strided convolutions with batch norm, features at stride 16."""
+    """Strided and residual convolutions with batch norm; features at stride 16."""
 
     num_channels = 130
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 128, 128)
-        layers: list[nn.Module] = []
-        for inputs, outputs in pairwise(widths):
-            layers += [
-                nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(outputs),
-                nn.ReLU(inplace=True),
-            ]
-        self.body = nn.Sequential(*layers, Coordinates(stride=16))
+        self.body = nn.Sequential(
+            *_halve(3, 16),
+            *_halve(16, 48),
+            *_halve(48, 64),
+            Residual(64),
+            *_halve(64, 128),
+            Residual(128),
+            Coordinates(stride=16),
+        )
+        self.body.to(memory_format=torch.channels_last)  # saves a quarter of the time on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``images (Tensor[B, 3, H, W])`` to features Tensor[B, 130, H / 16, W / 16]."""
-        return self.body(images)
+        return self.body(images.contiguous(memory_format=torch.channels_last))
+
+
+def _halve(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    """A convolution of stride 2 with batch norm and ReLU."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False)
+    return conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+
+
+@torch.no_grad()
+def place_queries(model: "DETR", sharpness: float = 3.0) -> None:
+    """Start a model with each query looking at a place of its own, on a grid over the image.
+
+    Some channels of the position encoding, those of the shortest wavelengths, become lanes: there
+    the norms in front of the decoder's attention to the image let no content pass at first, and
+    queries and keys of each head are those channels and nothing else.  A query whose embedding is
+    the encoding of a place so attends to the cells around it.  All of this is a start: every weight
+    is trained, and names and shapes are those of any DETR.
+
+    Args:
+        model (DETR): with ``pre_norm`` and sine encoding; any other is left as it is.
+        sharpness (float): how strongly a query prefers the cells next to its place.
+    """
+    config = model.config
+    if not config.pre_norm or config.position_embedding != "sine":
+        return
+    width, heads = config.hidden_dim, config.nheads
+    count = max(1, min(width // heads // 2, width // 16))
+    lanes = torch.cat([torch.arange(count), width // 2 + torch.arange(count)])
+
+    model.transformer.encoder.norm.weight[lanes] = 0
+    for layer in model.transformer.decoder.layers:
+        layer.norm2.weight[lanes] = 0
+        for weight in layer.multihead_attn.in_proj_weight.chunk(3)[:2]:
+            for head in weight.chunk(heads):
+                head[: len(lanes)] = sharpness * torch.eye(width)[lanes]
+
+    places = _grid(config.num_queries)
+    fine = 64  # the encoding is sampled on a grid of fine x fine cells
+    encoding = model.backbone[1](torch.zeros(1, fine, fine, dtype=torch.bool))[0]
+    # cell i of n is encoded as (i + 1) / n, and queries are to match cells of 8 x 8
+    rows, columns = (places * fine + fine / 16 - 1).round().long().clamp(max=fine - 1).unbind(1)
+    model.query_embed.weight.copy_(encoding[rows, columns])
+
+
+def _grid(count: int) -> Tensor:
+    """Spread points evenly: Tensor[count, 2], rows and columns in (0, 1)."""
+    lines = math.isqrt(count)
+    points = []
+    for line in range(lines):
+        members = count * (line + 1) // lines - count * line // lines
+        points += [((line + 0.5) / lines, (i + 0.5) / members) for i in range(members)]
+    return torch.tensor(points)
