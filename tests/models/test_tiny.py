@@ -117,7 +117,7 @@ def test_places_of_other_sizes(changes):
 
 
 def test_every_parameter_gets_a_gradient_and_the_loss_falls(model):
-    """40 steps on two images more than halve the loss."""
+    """30 steps on two images more than halve the loss."""
     images, targets = batch(2)
     weights = loss_weights(DETR_TINY.dec_layers)
     criterion = SetCriterion(
@@ -125,14 +125,15 @@ def test_every_parameter_gets_a_gradient_and_the_loss_falls(model):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
-    for step in range(40):
+    for step in range(30):
         losses = criterion(model(images), targets)
         loss = sum(losses[name] * weight for name, weight in weights.items())
         optimizer.zero_grad()
         loss.backward()
-        if step == 1:  # in the first step branches that start at zero hold back their inputs
+        if step == 1:  # in step 0, branches that start at zero hold back their inputs
             without = [name for name, p in model.named_parameters() if not p.grad.any()]
-            assert without == []
+            # it scales the zeros that queries start from
+            assert without == ["transformer.decoder.layers.0.norm1.weight"]
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < history[0] / 2
