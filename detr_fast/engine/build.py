@@ -124,7 +124,7 @@ def build_model(
             f"{config.resume} calls class {label} {names.get(label)!r}, the data set "
             f"{config.dataset_file} calls it {class_names.get(label)!r}"
         )
-    load_weights(model, checkpoint["model"])
+    load_weights(model, checkpoint)
     return model, architecture
 
 

@@ -14,6 +14,8 @@ from detr_fast.models.backbone import Backbone
 from detr_fast.models.checkpoint import load_weights, read_checkpoint
 from detr_fast.models.model_config import ModelConfig
 from detr_fast.models.position_encoding import PositionEncodingLearned, PositionEncodingSine
+from detr_fast.models.postprocess import PostProcess
+from detr_fast.models.tiny import DETR_TINY, ConvBackbone, place_queries
 from detr_fast.models.transformer import Attention, ReferenceAttention, Transformer
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
@@ -127,8 +129,6 @@ class DETR(nn.Module):
 
 def _build_backbone(config: ModelConfig, folded: bool) -> nn.Module:
     if config.backbone == "tiny":
-        from detr_fast.models.tiny import ConvBackbone  # it needs ModelConfig of this module
-
         return ConvBackbone()
     return Backbone(config.backbone, config.dilation, folded)
 
@@ -197,6 +197,8 @@ def build_detr(config: ModelConfig, *, folded: bool = True, train_backbone: bool
     model = DETR(config, folded)
     if not train_backbone:
         model.backbone[0].requires_grad_(False)
+    if config.backbone == "tiny":
+        place_queries(model)
     return model
 
 
@@ -256,8 +258,6 @@ def detr_tiny(num_classes: int | None = None, return_postprocessor: bool = False
     Returns:
         DETR, or tuple[DETR, PostProcess].
     """
-    from detr_fast.models.tiny import DETR_TINY
-
     if num_classes is not None:
         changes["num_classes"] = num_classes
     return _with_postprocessor(build_detr(replace(DETR_TINY, **changes)), return_postprocessor)
@@ -279,6 +279,4 @@ def _published(config: ModelConfig, file: str, pretrained: bool, return_postproc
 def _with_postprocessor(model: DETR, return_postprocessor: bool):
     if not return_postprocessor:
         return model
-    from detr_fast.models.postprocess import PostProcess
-
     return model, PostProcess()

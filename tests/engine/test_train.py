@@ -59,7 +59,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path, capsys):
 
     log = [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert [entry["epoch"] for entry in log] == [0, 1]
-    assert [entry["train_lr"] for entry in log] == pytest.approx([5e-4, 5e-5])
+    assert [entry["train_lr"] for entry in log] == pytest.approx([1e-3, 1e-4])
     terms = ["loss", "class_error", "loss_ce", "loss_bbox_0", "loss_giou_unscaled"]
     assert {f"{part}_{name}" for part in ("train", "test") for name in terms} <= log[0].keys()
     assert len(log[0]["test_coco_eval_bbox"]) == 12
