@@ -316,7 +316,7 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         size = torch.tensor([SIDE, SIDE])
         target = {
             "boxes": boxes,
-            "labels": labels,
+            "labels": labels.clone(),
             "image_id": torch.tensor([range(len(self))[index]]),
             "area": boxes[:, 2] * boxes[:, 3] * SIDE**2,
             "iscrowd": torch.zeros_like(labels),
