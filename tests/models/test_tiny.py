@@ -52,7 +52,7 @@ def test_outputs(model):
 
 
 def test_size_and_names(model):
-    assert sum(p.numel() for p in model.parameters()) == 929_721
+    assert sum(p.numel() for p in model.parameters()) == 929_977
     backbone = [name for name, _ in model.named_parameters() if "backbone" in name]
     assert backbone
     assert all(name.startswith("backbone.0.body.") for name in backbone)
