@@ -205,7 +205,7 @@ def build_detr(config: ModelConfig, *, folded: bool = True, train_backbone: bool
 def detr_resnet50(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR with a ResNet-50 backbone: 42.0 AP on COCO val5k when pretrained.
+    """DETR with a ResNet-50 backbone; its authors published 42.0 AP on COCO val5k.
 
     Args:
         pretrained (bool): load the published weights; needs the default ``num_classes``.
@@ -226,7 +226,7 @@ def detr_resnet50(
 def detr_resnet50_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR-DC5 with a ResNet-50 backbone: 43.3 AP; arguments as of :func:`detr_resnet50`."""
+    """DETR-DC5 with a ResNet-50 (published: 43.3 AP); arguments as of :func:`detr_resnet50`."""
     config = ModelConfig(num_classes=num_classes, dilation=True)
     return _published(config, "detr-r50-dc5-f0fb7ef5.pth", pretrained, return_postprocessor)
 
@@ -234,7 +234,7 @@ def detr_resnet50_dc5(
 def detr_resnet101(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR with a ResNet-101 backbone: 43.5 AP; arguments as of :func:`detr_resnet50`."""
+    """DETR with a ResNet-101 (published: 43.5 AP); arguments as of :func:`detr_resnet50`."""
     config = ModelConfig(num_classes=num_classes, backbone="resnet101")
     return _published(config, "detr-r101-2c7b67e5.pth", pretrained, return_postprocessor)
 
@@ -242,7 +242,7 @@ def detr_resnet101(
 def detr_resnet101_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR-DC5 with a ResNet-101 backbone: 44.9 AP; arguments as of :func:`detr_resnet50`."""
+    """DETR-DC5 with a ResNet-101 (published: 44.9 AP); arguments as of :func:`detr_resnet50`."""
     config = ModelConfig(num_classes=num_classes, backbone="resnet101", dilation=True)
     return _published(config, "detr-r101-dc5-a2e86def.pth", pretrained, return_postprocessor)
 
