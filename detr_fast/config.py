@@ -11,20 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
+from detr_fast.models.detr import MODELS
 from detr_fast.models.model_config import BACKBONES, POSITION_EMBEDDINGS, ModelConfig
-from detr_fast.models.tiny import DETR_TINY
 
 PANOPTIC = "panoptic heads are not in this version of detr_fast"
-
-
-# What --model stands for.
-MODELS = {
-    "detr_resnet50": ModelConfig(),
-    "detr_resnet50_dc5": ModelConfig(dilation=True),
-    "detr_resnet101": ModelConfig(backbone="resnet101"),
-    "detr_resnet101_dc5": ModelConfig(backbone="resnet101", dilation=True),
-    "detr_tiny": DETR_TINY,
-}
 
 
 class UsageError(Exception):
@@ -112,10 +102,6 @@ class Config:
             f"{self.epochs} epochs, batch size {self.batch_size}"
             + (f", into {self.output_dir}" if self.output_dir else "")
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """The flags as plain data, for a checkpoint or a log."""
-        return asdict(self)
 
 
 # What a data set sets where the command line is silent; `coco` is the original's recipe.

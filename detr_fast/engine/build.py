@@ -18,7 +18,7 @@ from detr_fast.data.shapes import ShapesDetection
 from detr_fast.matcher import build_matcher
 from detr_fast.models.backbone import load_backbone_weights
 from detr_fast.models.checkpoint import load_weights, model_config_from_checkpoint
-from detr_fast.models.detr import DETR, ModelConfig, build_detr
+from detr_fast.models.detr import DETR, build_detr
 
 # what two runs may choose differently for one and the same set of weights
 _NOT_ARCHITECTURE = {"num_classes", "dropout", "aux_loss"}
@@ -100,17 +100,16 @@ def build_model(
     checkpoint: dict[str, Any] | None,
     class_names: dict[int, str],
     num_classes: int,
-) -> tuple[DETR, ModelConfig]:
+) -> DETR:
     """The model, with the weights of the checkpoint or else of ``--backbone_weights``.
 
     Raises:
         UsageError: if the checkpoint was trained for other classes than the data set has.
     """
-    architecture = config.model_config(num_classes)
-    model = build_detr(architecture, train_backbone=config.lr_backbone > 0)
+    model = build_detr(config.model_config(num_classes), train_backbone=config.lr_backbone > 0)
     if checkpoint is None:
         load_backbone_weights(model, config.backbone_weights)
-        return model, architecture
+        return model
     stored = model_config_from_checkpoint(checkpoint)
     if stored and stored.num_classes != num_classes:
         raise UsageError(
@@ -125,7 +124,7 @@ def build_model(
             f"{config.dataset_file} calls it {class_names.get(label)!r}"
         )
     load_weights(model, checkpoint)
-    return model, architecture
+    return model
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:

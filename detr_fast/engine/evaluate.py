@@ -114,7 +114,7 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
     """
     device = build_device(config)
     dataset = build_dataset("val", config)
-    model, _ = build_model(config, checkpoint, dataset.class_names, dataset.num_classes)
+    model = build_model(config, checkpoint, dataset.class_names, dataset.num_classes)
     evaluation = evaluate(
         model.to(device),
         build_criterion(config, dataset.num_classes).to(device),

@@ -118,7 +118,7 @@ def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
     device = build_device(config)
     train_set, val_set = (build_dataset(name, config) for name in ("train", "val"))
     names, num_classes = train_set.class_names, train_set.num_classes
-    model, architecture = build_model(config, checkpoint, names, num_classes)
+    model = build_model(config, checkpoint, names, num_classes)
     model.to(device)
     criterion = build_criterion(config, num_classes).to(device)
     optimizer = build_optimizer(
@@ -145,8 +145,8 @@ def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
             "lr_scheduler": schedule.state_dict(),
             "epoch": epoch,
             "best_ap": best,
-            "args": config.as_dict(),
-            "model_config": asdict(architecture),
+            "args": asdict(config),
+            "model_config": asdict(model.config),
             "class_names": names,
         }
 

@@ -20,6 +20,14 @@ from detr_fast.models.transformer import Attention, ReferenceAttention, Transfor
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
 PUBLISHED_CLASSES = 91
+# the architectures of the factories below, and what the flag --model stands for
+MODELS = {
+    "detr_resnet50": ModelConfig(),
+    "detr_resnet50_dc5": ModelConfig(dilation=True),
+    "detr_resnet101": ModelConfig(backbone="resnet101"),
+    "detr_resnet101_dc5": ModelConfig(backbone="resnet101", dilation=True),
+    "detr_tiny": DETR_TINY,
+}
 
 
 class PaddedImages(Protocol):
@@ -219,7 +227,7 @@ def detr_resnet50(
         ValueError: if pretrained weights are asked for another number of classes.
         CheckpointError: if the published file cannot be had; says where to put it by hand.
     """
-    config = ModelConfig(num_classes=num_classes)
+    config = replace(MODELS["detr_resnet50"], num_classes=num_classes)
     return _published(config, "detr-r50-e632da11.pth", pretrained, return_postprocessor)
 
 
@@ -227,7 +235,7 @@ def detr_resnet50_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
     """DETR-DC5 with a ResNet-50 (published: 43.3 AP); arguments as of :func:`detr_resnet50`."""
-    config = ModelConfig(num_classes=num_classes, dilation=True)
+    config = replace(MODELS["detr_resnet50_dc5"], num_classes=num_classes)
     return _published(config, "detr-r50-dc5-f0fb7ef5.pth", pretrained, return_postprocessor)
 
 
@@ -235,7 +243,7 @@ def detr_resnet101(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
     """DETR with a ResNet-101 (published: 43.5 AP); arguments as of :func:`detr_resnet50`."""
-    config = ModelConfig(num_classes=num_classes, backbone="resnet101")
+    config = replace(MODELS["detr_resnet101"], num_classes=num_classes)
     return _published(config, "detr-r101-2c7b67e5.pth", pretrained, return_postprocessor)
 
 
@@ -243,7 +251,7 @@ def detr_resnet101_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
     """DETR-DC5 with a ResNet-101 (published: 44.9 AP); arguments as of :func:`detr_resnet50`."""
-    config = ModelConfig(num_classes=num_classes, backbone="resnet101", dilation=True)
+    config = replace(MODELS["detr_resnet101_dc5"], num_classes=num_classes)
     return _published(config, "detr-r101-dc5-a2e86def.pth", pretrained, return_postprocessor)
 
 

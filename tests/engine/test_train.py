@@ -106,7 +106,7 @@ def test_steps_equal_the_original_loop(monkeypatch):
     dataset = build.build_dataset("train", settings)
     dataset.augment = False
     names, num_classes = dataset.class_names, dataset.num_classes
-    model, _ = build.build_model(settings, None, names, num_classes)
+    model = build.build_model(settings, None, names, num_classes)
     twin = copy.deepcopy(model)
     criterion = build.build_criterion(settings, num_classes)
     batches = list(build.build_loader(dataset, settings, device, shuffle=False))[:STEPS]
