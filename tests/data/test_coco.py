@@ -213,7 +213,7 @@ def test_unreadable_annotations_are_named(folder):
     with pytest.raises(DatasetError, match=r"boxes\.json: no valid JSON .*is the copy complete"):
         CocoDetection(folder, folder / "boxes.json", as_read)
     (folder / "boxes.json").write_text("[1, 2]")
-    with pytest.raises(DatasetError, match=r"boxes\.json: no list 'images'"):
+    with pytest.raises(DatasetError, match=r"boxes\.json: holds a JSON list where an obj"):
         CocoDetection(folder, folder / "boxes.json", as_read)
     with pytest.raises(DatasetError, match=r"elsewhere: no such image folder"):
         CocoDetection(folder / "elsewhere", folder / "boxes.json", as_read)
