@@ -4,19 +4,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from detr_fast.data.validate import DataReport
+from detr_fast.data.coco_format import read_columns
+from detr_fast.data.validate import DataReport, DatasetError
 
-
-class DatasetError(ValueError):
-    """A data set on disk is incomplete or malformed; the message names the file and the remedy."""
+__all__ = ["CocoAnnotations", "DatasetError", "read_json"]
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -64,6 +62,8 @@ class CocoAnnotations:
         areas (float64[A]): square pixels; width * height where the file gives none
         crowds (int64[A]): 1 for a crowd region
         class_names (dict[int, str]): category id to name
+        source (str): what the data set is called in messages
+        notes (tuple[str, ...]): lines about what was understood, for a log; no problems
     """
 
     image_ids: np.ndarray
@@ -75,6 +75,8 @@ class CocoAnnotations:
     areas: np.ndarray
     crowds: np.ndarray
     class_names: dict[int, str]
+    source: str = "annotations"
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> CocoAnnotations:
@@ -92,69 +94,64 @@ class CocoAnnotations:
         source: str = "annotations",
         report: DataReport | None = None,
     ) -> CocoAnnotations:
-        """Take the columns from a dict in the COCO format; ``source`` is its name in errors.
+        """Take the columns from a dict in the COCO format; ``source`` is its name in messages.
 
         Only what detection needs is kept: no segmentations, captions or licences. Annotations of
         images that are not listed are left out, so that a subset may be made by shortening
-        ``images``.
+        ``images``. Categories that only group others, as Roboflow lists one, are no classes.
+
+        With a report, each entry that cannot be used is left out of the result and counted there;
+        any JSON value may stand in any field. Without one, the first entry that cannot be read is
+        an error, and boxes are kept as written, with or without extent, as pycocotools would.
 
         Raises:
-            DatasetError: missing or malformed keys, repeated ids, unlisted categories.
+            DatasetError: not the COCO format, no category, or categories whose ids are malformed
+                or given to two classes; without a report also malformed or repeated image ids,
+                unlisted categories, file names that leave the image folder, malformed values.
         """
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content, dict) or not isinstance(content.get(key), list):
-                raise DatasetError(
-                    f"{source}: no list {key!r}; expected a COCO instances file "
-                    "(images, annotations, categories)"
-                )
-        images, categories = content["images"], content["categories"]
-        table = _Columns(images, "images", source)
-        image_ids = table.read("id", np.int64)
-        order = np.argsort(image_ids, kind="stable")
-        image_ids = image_ids[order]
-        _reject_repeated(image_ids, "image", source)
-        file_names = np.array([str(image.get("file_name", "")) for image in images], dtype=str)
-        sizes = [table.read(key, np.int64, default=0) for key in ("height", "width")]
-
-        category_ids = _Columns(categories, "categories", source).read("id", np.int64)
-        _reject_repeated(np.sort(category_ids), "category", source)
-        if not len(category_ids) or category_ids.min() < 0:
-            raise DatasetError(f"{source}: 'categories' must list ids of 0 or more")
-        names = {int(c["id"]): str(c.get("name", c["id"])) for c in categories}
-
-        table = _Columns(content["annotations"], "annotations", source)
-        owners = table.read("image_id", np.int64)
-        boxes = table.read("bbox", np.float64, width=4)
-        labels = table.read("category_id", np.int64)
-        unlisted = ~np.isin(labels, category_ids)
-        if unlisted.any():
-            at = int(unlisted.argmax())
-            raise DatasetError(
-                f"{source}: annotations[{at}] has category_id {labels[at]}, "
-                "which 'categories' does not list"
-            )
-        areas = table.read("area", np.float64, default=np.nan)
-        areas = np.where(np.isnan(areas), boxes[:, 2] * boxes[:, 3], areas)
-        crowds = table.read("iscrowd", np.int64, default=0)
-
-        rows = np.argsort(owners, kind="stable")
-        rows = rows[np.isin(owners[rows], image_ids)]
-        return cls(
-            image_ids=image_ids,
-            file_names=file_names[order],
-            sizes=np.stack(sizes, axis=1)[order],
-            starts=np.append(np.searchsorted(owners[rows], image_ids), len(rows)),
-            boxes=boxes[rows],
-            labels=labels[rows],
-            areas=areas[rows],
-            crowds=crowds[rows],
-            class_names=names,
-        )
+        return cls(**read_columns(content, source, report))
 
     @property
     def owners(self) -> np.ndarray:
         """Image id of each annotation (int64[A])."""
         return np.repeat(self.image_ids, np.diff(self.starts))
+
+    def box_counts(self) -> dict[int, int]:
+        """Category id to number of boxes to learn from: with extent, and no crowd regions."""
+        useful = (self.crowds == 0) & (self.boxes[:, 2:] > 0).all(axis=1)
+        found, counts = np.unique(self.labels[useful], return_counts=True)
+        return dict.fromkeys(self.class_names, 0) | dict(
+            zip(found.tolist(), counts.tolist(), strict=True)
+        )
+
+    def keep_images(self, keep: np.ndarray) -> CocoAnnotations:
+        """The images where ``keep`` (bool[I]) and their annotations."""
+        counts = np.diff(self.starts)
+        rows = np.repeat(keep, counts)
+        return replace(
+            self._keep_rows(rows, counts[keep]),
+            image_ids=self.image_ids[keep],
+            file_names=self.file_names[keep],
+            sizes=self.sizes[keep],
+        )
+
+    def keep_categories(self, category_ids: Collection[int]) -> CocoAnnotations:
+        """All images, with the annotations of these categories alone."""
+        rows = np.isin(self.labels, list(category_ids))
+        before = np.append(0, np.cumsum(rows))
+        names = {i: name for i, name in self.class_names.items() if i in category_ids}
+        counts = np.diff(before[self.starts])
+        return replace(self._keep_rows(rows, counts), class_names=names)
+
+    def _keep_rows(self, rows: np.ndarray, counts: np.ndarray) -> CocoAnnotations:
+        return replace(
+            self,
+            starts=np.append(0, np.cumsum(counts)),
+            boxes=self.boxes[rows],
+            labels=self.labels[rows],
+            areas=self.areas[rows],
+            crowds=self.crowds[rows],
+        )
 
     @property
     def images(self) -> list[dict[str, Any]]:
@@ -179,39 +176,3 @@ class CocoAnnotations:
         rows = zip(*(column.tolist() for column in columns), strict=True)
         annotations = [dict(zip(keys, (i, *row), strict=True)) for i, row in enumerate(rows, 1)]
         return {"images": self.images, "annotations": annotations, "categories": self.categories}
-
-
-class _Columns:
-    """Reads one key of every entry of a list into an array, and names the entry that has none."""
-
-    def __init__(self, entries: Sequence[dict[str, Any]], name: str, source: str):
-        self.entries, self.name, self.source = entries, name, source
-
-    def read(self, key: str, dtype: type, *, width: int = 0, default: Any = None) -> np.ndarray:
-        """Entries' values of ``key``: dtype[N], or dtype[N, width]; finite unless optional."""
-
-        def convert(entries: Sequence[dict[str, Any]]) -> np.ndarray | None:
-            required = default is None
-            try:
-                values = [entry[key] if required else entry.get(key, default) for entry in entries]
-                column: np.ndarray = np.array(values, dtype=dtype)
-                column = column.reshape(len(values), *([width] if width else []))
-            except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
-                return None
-            return None if required and not np.isfinite(column).all() else column
-
-        column = convert(self.entries)
-        if column is not None:
-            return column
-        at = next(at for at, entry in enumerate(self.entries) if convert([entry]) is None)
-        raise DatasetError(
-            f"{self.source}: {self.name}[{at}] needs {key!r} "
-            f"({f'{width} finite numbers' if width else 'a number'}), "
-            f"found {self.entries[at]!r:.200}"
-        )
-
-
-def _reject_repeated(ascending: np.ndarray, kind: str, source: str) -> None:
-    repeated = ascending[1:][ascending[1:] == ascending[:-1]]
-    if len(repeated):
-        raise DatasetError(f"{source}: {kind} id {repeated[0]} is listed more than once")

@@ -6,6 +6,23 @@ from collections.abc import Iterable
 SHOWN = 3  # culprits named in full per kind
 
 
+def one_line(text: str) -> str:
+    """The text with everything that is not printable escaped: line ends, controls, surrogates.
+
+    File and class names come from strangers; what is said of them must not break a terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class DatasetError(ValueError):
+    """A data set on disk is incomplete or malformed; the message names the file and the remedy."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
 class DataReport:
     """Collects the problems of one data set.
 
@@ -39,7 +56,7 @@ class DataReport:
     def lines(self) -> list[str]:
         """One line per kind: source, number, kind, first culprits."""
         return [
-            f"{self.source}: {count} {kind}: {', '.join(self._first[kind])}"
+            one_line(f"{self.source}: {count} {kind}: {', '.join(self._first[kind])}")
             + (", ..." if count > SHOWN else "")
             for kind, count in self.counts.items()
         ]
