@@ -1,20 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``detr-fast train`` and ``detr-fast eval``, which ``tools/`` calls, too.
 
-Exit codes: 0 done, 1 the training diverged, 2 a mistake of the user, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 the training diverged, 2 a mistake of the user (also a full disk or too little
+GPU memory), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
+from typing import Any
+
+import torch
 
 from detr_fast.config import UsageError, configure, parse
-from detr_fast.data.coco import DatasetError
+from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import stored_flags
-from detr_fast.engine.evaluate import evaluate_checkpoint
+from detr_fast.engine.check import check_data
+from detr_fast.engine.evaluate import TrainingDivergedError, evaluate_checkpoint
 from detr_fast.engine.log import say
-from detr_fast.engine.train import TrainingDivergedError, fit
+from detr_fast.engine.resume import newest_checkpoint
+from detr_fast.engine.train import fit
 from detr_fast.models.checkpoint import CheckpointError, read_checkpoint
+
+# what a user can mend; OSError: a folder that cannot be written, a full disk
+MISTAKES = (
+    UsageError,
+    DatasetError,
+    CheckpointError,
+    ImportError,
+    OSError,
+    torch.cuda.OutOfMemoryError,
+)
 
 TRAIN = """Train DETR, and evaluate it after each epoch.
 
@@ -24,35 +41,49 @@ EVALUATE = """Evaluate a checkpoint: losses and COCO AP.
 Model and data come from the checkpoint where it tells, else from the flags."""
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: BaseException) -> None:
     kind = type(error)
     # an error of a loader process arrives with its traceback; the last line is the message
-    line = str(error).strip().splitlines()[-1]
+    line = (str(error).strip() or kind.__name__).splitlines()[-1]
     line = line.removeprefix(f"{kind.__module__}.").removeprefix(f"{kind.__name__}: ")
     sys.stderr.write(f"error: {line}\n")
 
 
+def _start(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The flags with ``--resume auto`` resolved, and the checkpoint that they name."""
+    source = given.get("resume") or given.get("finetune")
+    if source != "auto":
+        return given, read_checkpoint(source) if source else None
+    found = newest_checkpoint(configure(given).output_dir)
+    if found:
+        return {**given, "resume": str(found[0])}, found[1]
+    return {name: value for name, value in given.items() if name != "resume"}, None
+
+
 def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:
+    debug = False
     try:
         given = parse(program, description, arguments)
+        debug = given.get("debug", False)
         if eval:
             given["eval"] = True
-        checkpoint = read_checkpoint(given["resume"]) if given.get("resume") else None
+        given, checkpoint = _start(given)
         config = configure(given, stored_flags(checkpoint) if checkpoint else None)
         say(config.headline())
         say(str(config))
+        if config.check_data:
+            return check_data(config)
         if checkpoint and config.eval:
             evaluate_checkpoint(config, checkpoint)
             return 0
         return fit(config, checkpoint)
-    except (UsageError, DatasetError, CheckpointError, ImportError) as error:
-        _complain(error)
-        return 2
-    except TrainingDivergedError as error:
-        _complain(error)
-        return 1
     except KeyboardInterrupt:
         return 130
+    except (*MISTAKES, TrainingDivergedError) as error:
+        if debug:
+            traceback.print_exc()
+        _complain(error)
+        return 1 if isinstance(error, TrainingDivergedError) else 2
 
 
 def train(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:

@@ -2,14 +2,15 @@
 """The flags of training and evaluation: one dataclass, from which the command line is derived.
 
 Names and defaults are those of facebookresearch/detr's ``main.py``. A value comes from the first
-that names it: the command line, the checkpoint of ``--resume``, ``--model``, the preset of
-``--dataset_file``, the default.
+that names it: the command line, the checkpoint of ``--resume`` (of ``--finetune``: architecture
+only), ``--model``, the preset of ``--dataset_file``, the default.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from detr_fast.models.detr import MODELS
 from detr_fast.models.model_config import BACKBONES, POSITION_EMBEDDINGS, ModelConfig
@@ -33,11 +34,18 @@ class Config:
     # fmt: off
     # ruff: noqa: E501
     dataset_file: str = flag("", "coco, or shapes (generated images); default: coco with --coco_path, else shapes", "data")
-    coco_path: str = flag("", "folder with train2017/, val2017/ and annotations/", "data")
+    coco_path: str = flag("", "folder of the data: COCO (train2017/, val2017/, annotations/), Roboflow, YOLO (or its data.yaml) or Pascal VOC; recognised and said", "data", aliases=("data_path",))
+    train_images: str = flag("", "own data: folder of the training images", "data")
+    train_annotations: str = flag("", "own data: COCO-format JSON of the training images, any category ids", "data")
+    val_images: str = flag("", "own data: folder of the validation images", "data")
+    val_annotations: str = flag("", "own data: COCO-format JSON of the validation images", "data")
+    image_size: int = flag(800, "short side of an image at evaluation, in pixels; training draws it from 0.6 to 1 times that", "data")
+    check_data: bool = flag(False, "read all annotations and images, say what is wrong with them, and stop", "data")
+    strict_data: bool = flag(False, "stop at wrong annotations and images; default: they are left out and counted", "data")
     coco_panoptic_path: str = flag("", "not used: " + PANOPTIC, "data")
-    remove_difficult: bool = flag(False, "accepted for compatibility; the original ignores it, too", "data")
+    remove_difficult: bool = flag(False, "leave out objects that Pascal VOC marks as difficult", "data")
     num_workers: int = flag(2, "processes that load images", "data")
-    batch_size: int = flag(2, "images per step", "data")
+    batch_size: int = flag(2, "images per forward pass", "data")
 
     model: str = flag("", "sets the architecture flags", "model", choices=sorted(MODELS))
     backbone: str = flag("resnet50", "feature extractor", "model", choices=BACKBONES)
@@ -52,6 +60,7 @@ class Config:
     nheads: int = flag(8, "attention heads", "model")
     num_queries: int = flag(100, "object queries", "model")
     pre_norm: bool = flag(False, "normalise before each block", "model")
+    freeze: str = flag("", "parts that do not learn: beginnings of parameter names with commas between, e.g. backbone,transformer.encoder", "model")
     masks: bool = flag(False, PANOPTIC, "model")
     frozen_weights: str = flag("", PANOPTIC, "model")
 
@@ -69,13 +78,22 @@ class Config:
     lr_backbone: float = flag(1e-5, "learning rate of the backbone; 0 freezes it", "optimisation")
     weight_decay: float = flag(1e-4, "weight decay of AdamW", "optimisation")
     epochs: int = flag(300, "passes over the training images", "optimisation")
-    lr_drop: int = flag(200, "epoch after which the learning rates are divided by 10", "optimisation")
+    lr_drop: float = flag(200, "epochs after which the learning rates are divided by 10; below 1: share of --epochs", "optimisation")
     clip_max_norm: float = flag(0.1, "largest norm of the gradient; 0 leaves it alone", "optimisation")
+    accumulate_steps: int = flag(1, "forward passes whose gradients are averaged for one update", "optimisation")
+    warmup_steps: int = flag(0, "updates over which the learning rates rise from 0", "optimisation")
+    ema_decay: float = flag(0, "evaluate a moving average of the weights with this decay, e.g. 0.9997; 0: off", "optimisation")
+    patience: int = flag(0, "stop after this many epochs without a better AP; 0: off", "optimisation")
 
     output_dir: str = flag("", "folder for log, checkpoints and pictures; empty writes none", "run")
     device: str = flag("auto", "auto (CUDA if there is one), cuda, cuda:1, cpu, ...", "run")
     seed: int = flag(42, "seed of all random numbers", "run")
-    resume: str = flag("", "checkpoint to continue from: a file or an https address", "run")
+    deterministic: bool = flag(False, "deterministic algorithms on CUDA too, where they are slower", "run")
+    resume: str = flag("", "checkpoint to continue from: a file, an https address, or auto: the newest good one in --output_dir", "run")
+    finetune: str = flag("", "checkpoint whose weights to start from, for other classes or queries: a file or an https address", "run")
+    checkpoint_steps: int = flag(1000, "forward passes between two checkpoints within an epoch; 0: only after epochs", "run")
+    keep_checkpoints: int = flag(2, "how many of the last checkpoints are kept", "run")
+    debug: bool = flag(False, "show the traceback of an error", "run")
     start_epoch: int = flag(0, "first epoch; --resume sets it", "run")
     print_freq: int = flag(10, "steps between two lines of the log", "run")
     world_size: int = flag(1, "accepted for compatibility; this version runs one process", "run")
@@ -92,14 +110,30 @@ class Config:
         names = {f.name for f in fields(ModelConfig)} - {"num_classes"}
         return ModelConfig(num_classes, **{name: getattr(self, name) for name in names})
 
+    @property
+    def lr_drop_epoch(self) -> int:
+        """Epochs after which the learning rates are divided by 10, at least 1."""
+        return (
+            round(self.lr_drop) if self.lr_drop >= 1 else max(1, round(self.lr_drop * self.epochs))
+        )
+
+    def data(self) -> str:
+        """The data in few words."""
+        if self.dataset_file == "shapes":
+            return "generated images"
+        return self.coco_path or (self.val_annotations if self.eval else self.train_annotations)
+
     def headline(self) -> str:
         """What will run, in one line."""
-        images = "generated images" if self.dataset_file == "shapes" else self.coco_path
+        images = self.data()
+        if self.check_data:
+            return f"preset {self.dataset_file}: checking {images}"
         if self.eval:
             return f"preset {self.dataset_file}: evaluating {self.resume} on {images}"
         return (
             f"preset {self.dataset_file}: training {self.model or self.backbone} on {images}, "
             f"{self.epochs} epochs, batch size {self.batch_size}"
+            + (f", from the weights of {self.finetune}" if self.finetune else "")
             + (f", into {self.output_dir}" if self.output_dir else "")
         )
 
@@ -136,8 +170,8 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     entries = [entry for entry in fields(Config) if entry.metadata]
-    names = dict.fromkeys(entry.metadata["group"] for entry in entries)
-    groups = {name: parser.add_argument_group(name) for name in names}
+    titles = dict.fromkeys(entry.metadata["group"] for entry in entries)
+    groups = {title: parser.add_argument_group(title) for title in titles}
     for entry in entries:
         options = dict(entry.metadata["options"])
         name, text = options.pop("name", entry.name), entry.metadata["help"]
@@ -146,9 +180,8 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
         else:
             options["type"] = entry.type
             text += f" ({entry.default})" if entry.default != "" else ""
-        groups[entry.metadata["group"]].add_argument(
-            f"--{name}", dest=entry.name, help=text, **options
-        )
+        names = [f"--{name}" for name in (name, *options.pop("aliases", ()))]
+        groups[entry.metadata["group"]].add_argument(*names, dest=entry.name, help=text, **options)
     return parser
 
 
@@ -166,40 +199,84 @@ def parse(program: str, description: str, arguments: Sequence[str] | None = None
     return vars(_parser(program, description).parse_args(arguments))
 
 
-def configure(given: dict[str, Any], stored: dict[str, Any] | None = None) -> Config:
+class Stored(NamedTuple):
+    """What a checkpoint says of the run that wrote it.
+
+    Attributes:
+        architecture (dict): flags that its weights determine.
+        run (dict): the other flags of that run; empty where it tells none.
+    """
+
+    architecture: dict[str, Any]
+    run: dict[str, Any]
+
+
+DATA_FLAGS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+# what belongs to a call, not to a run that goes on
+_OF_A_CALL = ("resume", "finetune", "start_epoch", "eval", "check_data", "debug", "device")
+# what an evaluation takes from the run; the rest is as the command line says
+_OF_THE_DATA = ("dataset_file", "image_size", "remove_difficult", *DATA_FLAGS)
+
+
+def configure(given: dict[str, Any], stored: Stored | None = None) -> Config:
     """Complete the flags of a command line.
 
     Args:
         given (dict): what stands on the command line.
-        stored (dict, optional): what the checkpoint of ``--resume`` says of its model and data.
+        stored (Stored, optional): what the checkpoint of ``--resume`` or ``--finetune`` says.
 
     Raises:
         UsageError: if a value is out of range, contradicts the checkpoint, or asks for what is not
             in this version.
     """
-    stored = stored or {}
-    # a data set has moved more often than it has changed: the path is not compared
-    dataset = given.get("dataset_file") or ("coco" if given.get("coco_path") else "")
-    named = {**_architecture(given.get("model", "")), **given, "dataset_file": dataset}
-    for name in stored.keys() & named.keys() - {"coco_path"}:
-        if named[name] not in ("", stored[name]):
-            raise UsageError(
-                f"--{name}: {named[name]!r} contradicts the checkpoint {given['resume']}, which has "
-                f"{stored[name]!r}: leave the flag out or take another checkpoint"
-            )
-    dataset = dataset or stored.get("dataset_file", "shapes")
+    given = dict(given)
+    if given.get("resume") and given.get("finetune"):
+        raise UsageError("--resume goes on with a run, --finetune starts one: give one of the two")
+    own_data = any(given.get(name) for name in DATA_FLAGS)
+    dataset = given.get("dataset_file") or ("coco" if own_data else "")
+    earlier = stored.run.get("dataset_file") if stored else None
+    if given.get("resume") and not given.get("eval") and earlier and dataset not in ("", earlier):
+        given["finetune"] = given.pop("resume")  # on other data there is no run to go on with
+    source = given.get("resume") or given.get("finetune")
+    architecture = dict(stored.architecture) if stored else {}
+    named = {**_architecture(given.get("model", "")), **given}
+    for name in sorted(architecture.keys() & named.keys()):
+        if named[name] == architecture[name]:
+            continue
+        if name == "num_queries" and given.get("finetune"):
+            del architecture[name]  # the queries start anew
+            continue
+        raise UsageError(
+            f"--{name}: {named[name]!r} contradicts the checkpoint {source}, which has "
+            f"{architecture[name]!r}: leave the flag out or take another checkpoint"
+            + (" (or start from its weights with --finetune)" * (name == "num_queries"))
+        )
+    run = _returning(stored.run, given, own_data) if stored else {}
+    dataset = dataset or run.get("dataset_file", "shapes")
     if "panoptic" in dataset or given.get("masks") or given.get("frozen_weights"):
         raise UsageError(f"--masks, --frozen_weights, --dataset_file coco_panoptic: {PANOPTIC}")
     if dataset not in PRESETS:
         raise UsageError(f"--dataset_file: expected one of {', '.join(PRESETS)}, got {dataset!r}")
     preset = PRESETS[dataset]
-    architecture = _architecture(given.get("model", preset.get("model", "")))
-    values = {**preset, **architecture, **stored, **given, "dataset_file": dataset}
+    of_model = _architecture(given.get("model", preset.get("model", "")))
+    values = {**preset, **of_model, **run, **architecture, **given, "dataset_file": dataset}
     if values.get("eval"):  # only a folder that was asked for is written to
         values["output_dir"] = given.get("output_dir", "")
     config = Config(**values)
     _check(config)
     return config
+
+
+def _returning(run: dict[str, Any], given: dict[str, Any], own_data: bool) -> dict[str, Any]:
+    """The flags of an earlier run that hold for this call, too."""
+    if given.get("finetune"):
+        return {}
+    known = {entry.name for entry in fields(Config)} - set(_OF_A_CALL)
+    if given.get("eval"):
+        known &= set(_OF_THE_DATA)
+    if own_data:  # all of it is named anew
+        known -= set(DATA_FLAGS)
+    return {name: value for name, value in run.items() if name in known}
 
 
 def _architecture(model: str) -> dict[str, Any]:
@@ -211,20 +288,50 @@ def _architecture(model: str) -> dict[str, Any]:
 
 def _check(config: Config) -> None:
     """Refuse values that would fail later, far from their cause."""
-    least = {"batch_size": 1, "epochs": 0, "lr_drop": 1, "num_workers": 0, "print_freq": 1}
+    least = {"batch_size": 1, "epochs": 0, "lr_drop": 0, "num_workers": 0, "print_freq": 1}
     least |= {"start_epoch": 0, "lr": 0, "lr_backbone": 0, "weight_decay": 0, "clip_max_norm": 0}
+    least |= {"accumulate_steps": 1, "warmup_steps": 0, "ema_decay": 0, "patience": 0, "seed": 0}
+    least |= {"checkpoint_steps": 0, "keep_checkpoints": 1, "image_size": 32}
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise UsageError(f"--{name}: expected at least {bound}, got {getattr(config, name)}")
+    if config.ema_decay >= 1:
+        raise UsageError(f"--ema_decay: expected less than 1, got {config.ema_decay}")
+    if config.seed >= 2**32:
+        raise UsageError(f"--seed: expected less than 2**32, got {config.seed}")
+    if not 0 < config.lr_drop < math.inf:
+        raise UsageError(f"--lr_drop: expected epochs or a share of them, got {config.lr_drop}")
     try:
         config.model_config(num_classes=1)
     except ValueError as error:  # names the field, and with it the flag
         raise UsageError(f"--{error}") from error
     if config.world_size != 1:
         raise UsageError("--world_size: this version of detr_fast runs one process")
-    if config.dataset_file == "coco" and not config.coco_path:
-        raise UsageError("--dataset_file coco needs --coco_path, the folder of the images")
+    _check_data(config)
     if config.eval and not config.resume:
         raise UsageError("evaluation needs --resume, the checkpoint to evaluate")
+    if config.eval and config.finetune:
+        raise UsageError("--finetune starts a training; to evaluate its file use --resume")
+    if config.resume == "auto" and not config.output_dir:
+        raise UsageError("--resume auto looks into --output_dir: name the folder of the run")
     if config.save_json and not config.output_dir:
         raise UsageError("--save_json needs --output_dir, the folder to write to")
+
+
+def _check_data(config: Config) -> None:
+    """Refuse data that are named in part, twice, or not at all."""
+    if config.dataset_file != "coco":
+        return
+    splits = ("val",) if config.eval else ("train", "val")
+    named = [name for name in DATA_FLAGS[1:] if getattr(config, name)]
+    if config.coco_path and named:
+        raise UsageError(f"--coco_path and --{named[0]} both name the data: give one of the two")
+    needed = [f"{split}_{part}" for split in splits for part in ("images", "annotations")]
+    missing = [name for name in needed if not getattr(config, name)]
+    if named and missing:
+        raise UsageError(f"--{named[0]} needs --{', --'.join(missing)}, too")
+    if not config.coco_path and missing:
+        raise UsageError(
+            "--dataset_file coco needs --coco_path, the folder of the data, "
+            f"or --{', --'.join(needed)}"
+        )

@@ -61,14 +61,21 @@ def pad_images(images: Sequence[Tensor]) -> ImageBatch:
 
 
 def collate(
-    samples: Sequence[tuple[Tensor, dict[str, Any]]],
-) -> tuple[ImageBatch, list[dict[str, Any]]]:
+    samples: Sequence[tuple[Tensor, dict[str, Any]] | None],
+) -> tuple[ImageBatch, list[dict[str, Any]]] | None:
     """Batch the samples of a data set: padded images, and the targets in their list.
 
     Args:
-        samples (Sequence[tuple[Tensor[3, h, w], dict]]): image and target of each sample.
+        samples (Sequence[tuple[Tensor[3, h, w], dict] | None]): image and target of each sample;
+            None for an image that could not be used.
+
+    Returns:
+        tuple[ImageBatch, list[dict]] | None: None if no image could be used.
     """
-    images, targets = zip(*samples, strict=True)
+    usable = [sample for sample in samples if sample is not None]
+    if not usable:
+        return None
+    images, targets = zip(*usable, strict=True)
     return pad_images(images), list(targets)
 
 

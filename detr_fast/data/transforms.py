@@ -25,33 +25,48 @@ Transform = Callable[["Picture", Target], tuple[Any, Target]]
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+SHORT_SIDE = 800  # of an image at evaluation, in pixels; the other sizes are shares of it
 SCALES = tuple(range(480, 801, 32))
 MAX_SIZE = 1333
 PER_BOX = ("boxes", "labels", "area", "iscrowd")
 
 
-def train_transforms() -> Transform:
+def train_transforms(short_side: int = SHORT_SIDE) -> Transform:
     """The augmentation of DETR's training (Carion et al. 2020, section 4 and appendix A.4).
 
     A flip of every second image, then with equal chance a resize, or a resize, a crop and a
     resize.
+
+    Args:
+        short_side (int): largest short side in pixels; all sizes are in proportion to it.
     """
     v2 = _transforms_v2()
-    cropped = [Resize((400, 500, 600)), RandomSizeCrop(384, 600), Resize(SCALES, MAX_SIZE)]
+    scales, (longest,) = _scaled(SCALES, short_side), _scaled((MAX_SIZE,), short_side)
+    before_crop, crop = _scaled((400, 500, 600), short_side), _scaled((384, 600), short_side)
+    cropped = [Resize(before_crop), RandomSizeCrop(*crop), Resize(scales, longest)]
     transform: Transform = v2.Compose(
         [
             RandomHorizontalFlip(0.5),
-            v2.RandomChoice([Resize(SCALES, MAX_SIZE), v2.Compose(cropped)]),
+            v2.RandomChoice([Resize(scales, longest), v2.Compose(cropped)]),
             ToModelInput(),
         ]
     )
     return transform
 
 
-def eval_transforms() -> Transform:
-    """The short side to 800 pixels, the long one to at most 1333."""
-    transform: Transform = _transforms_v2().Compose([Resize((800,), MAX_SIZE), ToModelInput()])
+def eval_transforms(short_side: int = SHORT_SIDE) -> Transform:
+    """The short side to 800 pixels, the long one to at most 1333, or both in proportion.
+
+    Args:
+        short_side (int): in pixels.
+    """
+    resize = Resize((short_side,), *_scaled((MAX_SIZE,), short_side))
+    transform: Transform = _transforms_v2().Compose([resize, ToModelInput()])
     return transform
+
+
+def _scaled(sizes: Sequence[int], short_side: int) -> tuple[int, ...]:
+    return tuple(round(size * short_side / SHORT_SIDE) for size in sizes)
 
 
 def normalize(image: Tensor) -> Tensor:

@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run needs, made from the flags and from the checkpoint of ``--resume``."""
 
-import random
 import signal
+from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
-from detr_fast.config import Config, UsageError
+from detr_fast.config import Config, Stored, UsageError
 from detr_fast.criterion import SetCriterion, loss_weights
 from detr_fast.data.batch import collate
-from detr_fast.data.coco import build_coco
-from detr_fast.data.shapes import ShapesDetection
+from detr_fast.data.labels import COCO_CATEGORIES, COCO_NUM_CLASSES
+from detr_fast.data.sampler import SeededSamples, ShuffledBatches
+from detr_fast.engine.log import say
+from detr_fast.engine.random_state import seed_everything
 from detr_fast.matcher import build_matcher
 from detr_fast.models.backbone import load_backbone_weights
 from detr_fast.models.checkpoint import load_weights, model_config_from_checkpoint
 from detr_fast.models.detr import DETR, build_detr
+from detr_fast.models.finetune import load_fitting_weights
 
 # what two runs may choose differently for one and the same set of weights
 _NOT_ARCHITECTURE = {"num_classes", "dropout", "aux_loss"}
@@ -26,21 +28,31 @@ _NOT_ARCHITECTURE = {"num_classes", "dropout", "aux_loss"}
 _UNSEEN = {"dilation", "nheads"}
 
 
-def stored_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The flags that a checkpoint answers: its architecture and the data it was trained on.
+# of the original's Namespace; more of it belongs to its call
+_OF_THE_ORIGINAL = ("dataset_file", "coco_path", "lr", "lr_backbone", "weight_decay", "lr_drop")
+
+
+def stored_flags(checkpoint: dict[str, Any]) -> Stored:
+    """The flags that a checkpoint answers: its architecture, and the run that wrote it.
 
     Checkpoints of this package carry them, those of facebookresearch/detr have a Namespace, its
     published weights nothing: there the shapes of the tensors tell most of the architecture.
     """
     args = checkpoint.get("args") or {}
-    args = args if isinstance(args, dict) else vars(args)
-    flags: dict[str, Any] = {}
+    if isinstance(args, Namespace):
+        args = {name: value for name, value in vars(args).items() if name in _OF_THE_ORIGINAL}
+        args = {name: value for name, value in args.items() if value is not None}
+    architecture: dict[str, Any] = {}
     if model := model_config_from_checkpoint(checkpoint):
-        told = args or "model_config" in checkpoint
+        told = checkpoint.get("args") or "model_config" in checkpoint
         silent = _NOT_ARCHITECTURE if told else _NOT_ARCHITECTURE | _UNSEEN
-        flags = {name: value for name, value in asdict(model).items() if name not in silent}
-    flags |= {name: args[name] for name in ("dataset_file", "coco_path") if args.get(name)}
-    return flags
+        architecture = {name: v for name, v in asdict(model).items() if name not in silent}
+    return Stored(architecture, {n: v for n, v in args.items() if n not in architecture})
+
+
+def evaluated_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The weights that count: the moving average (``--ema_decay``) where there is one."""
+    return {"model": checkpoint["ema"]} if "ema" in checkpoint else checkpoint
 
 
 def build_device(config: Config) -> torch.device:
@@ -54,77 +66,97 @@ def build_device(config: Config) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--device {config.device}: {reason}; try --device cpu") from error
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed)
-    random.seed(config.seed)
-    # float32 means float32: the published numbers were made without TF32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    seed_everything(config.seed, deterministic=config.deterministic)
     return device
 
 
-def build_dataset(image_set: str, config: Config) -> Dataset:
-    """The ``"train"`` or ``"val"`` images of ``--dataset_file``, with their augmentation."""
-    if config.dataset_file == "shapes":
-        return ShapesDetection(image_set, augment=image_set == "train")
-    return build_coco(image_set, config.coco_path)
-
-
-def _leave_interrupts_to_the_main_process(worker: int) -> None:
+def _leave_signals_to_the_main_process(worker: int) -> None:
     # Ctrl-C reaches the whole process group; a worker that died of it would break the last step
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def build_loader(
     dataset: Dataset, config: Config, device: torch.device, *, shuffle: bool
 ) -> DataLoader:
-    """Batches of ``--batch_size`` images: shuffled and full, or all of them in order."""
+    """Batches of ``--batch_size`` images: shuffled and full (`ShuffledBatches`), or all in order.
+
+    Raises:
+        UsageError: if there are too few images for a full batch.
+    """
     if shuffle and len(dataset) < config.batch_size:
         raise UsageError(
             f"--batch_size {config.batch_size}: there are only {len(dataset)} training images"
         )
-    order = RandomSampler(dataset) if shuffle else SequentialSampler(dataset)
+    if shuffle:
+        batches = ShuffledBatches(len(dataset), config.batch_size, config.seed)
+        dataset = SeededSamples(dataset)
+    else:
+        batches = BatchSampler(SequentialSampler(dataset), config.batch_size, drop_last=False)
     return DataLoader(
         dataset,
-        batch_sampler=BatchSampler(order, config.batch_size, drop_last=shuffle),
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=config.num_workers,
-        worker_init_fn=_leave_interrupts_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=config.num_workers > 0,
         pin_memory=device.type == "cuda",
+        # each pass draws a number; from the default generator it would shift what dropout draws
+        generator=torch.Generator().manual_seed(config.seed),
     )
 
 
-def build_model(
-    config: Config,
-    checkpoint: dict[str, Any] | None,
-    class_names: dict[int, str],
-    num_classes: int,
-) -> DETR:
-    """The model, with the weights of the checkpoint or else of ``--backbone_weights``.
+def build_model(config: Config, num_classes: int) -> DETR:
+    """The model of the flags with weights as they are at the start of a training from nothing."""
+    return build_detr(config.model_config(num_classes), train_backbone=config.lr_backbone > 0)
 
-    Raises:
-        UsageError: if the checkpoint was trained for other classes than the data set has.
+
+def load_starting_weights(
+    model: DETR, config: Config, checkpoint: dict[str, Any] | None, names: dict[int, str]
+) -> bool:
+    """Bring the weights that a training starts from.
+
+    Those of ``--resume`` or ``--finetune``, without what does not fit other classes or queries; or
+    else of ``--backbone_weights``.
+
+    Args:
+        model (DETR): gets the weights.
+        config (Config): the flags.
+        checkpoint (dict, optional): the content of the file of ``--resume`` or ``--finetune``.
+        names (dict[int, str]): class names of the data.
+
+    Returns:
+        bool: whether a run goes on from where the checkpoint stands.
     """
-    model = build_detr(config.model_config(num_classes), train_backbone=config.lr_backbone > 0)
     if checkpoint is None:
         load_backbone_weights(model, config.backbone_weights)
-        return model
-    stored = model_config_from_checkpoint(checkpoint)
-    if stored and stored.num_classes != num_classes:
-        raise UsageError(
-            f"{config.resume} was trained for {stored.num_classes} classes, the data set "
-            f"{config.dataset_file} has {num_classes}: evaluate it on the data it was made for"
-        )
-    names = checkpoint.get("class_names", class_names)
-    if names != class_names:
-        label = next(k for k in {**names, **class_names} if names.get(k) != class_names.get(k))
-        raise UsageError(
-            f"{config.resume} calls class {label} {names.get(label)!r}, the data set "
-            f"{config.dataset_file} calls it {class_names.get(label)!r}"
-        )
-    load_weights(model, checkpoint)
-    return model
+        return False
+    earlier = class_names_of(checkpoint)
+    goes_on = (
+        bool(config.resume)
+        and checkpoint.keys() >= {"optimizer", "lr_scheduler", "epoch"}
+        and (earlier is None or earlier == names)
+    )
+    if goes_on:
+        load_weights(model, checkpoint)
+        return True
+    source = config.resume or config.finetune
+    for part in load_fitting_weights(model, evaluated_weights(checkpoint), names, earlier):
+        say(f"{source}: {part}")
+    say(f"{source}: all other weights are loaded; training starts with a new optimizer")
+    return False
+
+
+def class_names_of(checkpoint: dict[str, Any]) -> dict[int, str] | None:
+    """Label -> name of a checkpoint; None where nothing tells the names.
+
+    Bare weights with 91 classes are taken for the published ones, which know those of COCO.
+    """
+    if "class_names" in checkpoint:
+        return dict(checkpoint["class_names"])
+    model = model_config_from_checkpoint(checkpoint)
+    published = model and model.num_classes == COCO_NUM_CLASSES and not checkpoint.get("args")
+    return dict(COCO_CATEGORIES) if published else None
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:

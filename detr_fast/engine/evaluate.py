@@ -8,20 +8,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import Config
 from detr_fast.criterion import SetCriterion
 from detr_fast.engine.build import (
     build_criterion,
-    build_dataset,
     build_device,
     build_loader,
     build_model,
+    evaluated_weights,
 )
+from detr_fast.engine.datasets import build_datasets
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
-from detr_fast.models.checkpoint import write_checkpoint
+from detr_fast.models.checkpoint import load_weights, write_checkpoint
 from detr_fast.models.postprocess import PostProcess
 
 
@@ -30,7 +31,30 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, float]
     result: CocoResult
-    samples: list[dict[str, Tensor]]  # detections of the first images of the data set
+    samples: dict[int, dict[str, Tensor]]  # image id -> detections, of the first images
+
+
+class TrainingDivergedError(RuntimeError):
+    """Losses or predictions are not finite."""
+
+
+def criterion_losses(
+    criterion: SetCriterion, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """All loss terms.
+
+    Raises:
+        TrainingDivergedError: if the predictions are not finite.
+    """
+    try:
+        return criterion(outputs, targets)
+    except ValueError as error:  # of the matcher, which cannot order such costs
+        if all(outputs[name].isfinite().all() for name in ("pred_logits", "pred_boxes")):
+            raise
+        raise TrainingDivergedError(
+            f"the predictions are not finite ({error}): lower --lr, or go on from an earlier "
+            "checkpoint"
+        ) from error
 
 
 def to_device(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
@@ -69,7 +93,8 @@ def evaluate(
     Args:
         model (nn.Module): DETR.
         criterion (SetCriterion): for the losses in the log.
-        loader (DataLoader): of a data set with ``ground_truth``, in its order.
+        loader (DataLoader): of a data set with ``ground_truth`` and ``category_ids``. A batch
+            without a usable image is None.
         device (torch.device): where the model is.
         evaluator (str): ``"hotcoco"`` or ``"pycocotools"``.
         print_freq (int): batches between two lines of the log.
@@ -81,28 +106,55 @@ def evaluate(
     log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
     scores = CocoEvaluator(loader.dataset.ground_truth, evaluator=evaluator)
     postprocess = PostProcess()
-    samples: list[dict[str, Tensor]] = []
-    for images, targets in log.log_every(loader, print_freq, "Test:"):
-        targets = to_device(targets, device)
+    category_of_label = _category_of_label(loader.dataset, device)
+    samples: dict[int, dict[str, Tensor]] = {}
+    for batch in log.log_every(loader, print_freq, "Test:"):
+        if batch is None:
+            continue
+        images, targets = batch[0], to_device(batch[1], device)
         outputs = model(images.to(device))
-        losses = criterion(outputs, targets)
+        losses = criterion_losses(criterion, outputs, targets)
         total, terms = weighted_losses(losses, criterion.weight_dict)
         log.update(class_error=losses["class_error"], loss=total, **terms)
         detections = postprocess(outputs, torch.stack([t["orig_size"] for t in targets]))
-        scores.update({int(t["image_id"]): d for t, d in zip(targets, detections, strict=True)})
-        samples += [{k: v.cpu() for k, v in d.items()} for d in detections[: keep - len(samples)]]
+        found = {int(t["image_id"]): d for t, d in zip(targets, detections, strict=True)}
+        for image_id in list(found)[: keep - len(samples)]:
+            samples[image_id] = {k: v.cpu() for k, v in found[image_id].items()}
+        scores.update(
+            {i: {**d, "labels": category_of_label[d["labels"]]} for i, d in found.items()}
+        )
     log.say(f"Averaged stats: {log}")
     result = scores.summarize()
     log.say(result.table())
     return Evaluation(log.averages(), result, samples)
 
 
-def _per_class_lines(result: CocoResult) -> Iterator[str]:
+def _category_of_label(dataset: Dataset, device: torch.device) -> Tensor:
+    """Label -> category id in the file of the data; -1 for a class that it does not have."""
+    ids = torch.full((dataset.num_classes,), -1, device=device)
+    for label, category in dataset.category_ids.items():
+        ids[label] = category
+    return ids
+
+
+def per_class_lines(result: CocoResult, train_set: Dataset | None = None) -> Iterator[str]:
+    """A table of AP and AP50, a line per class.
+
+    Args:
+        result (CocoResult): of an evaluation.
+        train_set (Dataset, optional): adds the number of its boxes; the rarest class comes last.
+    """
     scores = result.per_class()
+    counts: dict[str, int] = {}
+    if train_set is not None:
+        boxes = train_set.box_counts()
+        counts = {name: boxes.get(label, 0) for label, name in train_set.class_names.items()}
+        scores = dict(sorted(scores.items(), key=lambda entry: -counts.get(entry[0], 0)))
     width = max(map(len, scores), default=0)
-    yield f"{'':{width}}     AP   AP50"
+    yield f"{'':{width}}     AP   AP50" + ("  boxes in training" if counts else "")
     for name, score in scores.items():
-        yield f"{name:>{width}}  {score['AP']:5.3f}  {score['AP50']:5.3f}"
+        boxes = f"  {counts.get(name, 0)}" if counts else ""
+        yield f"{name:>{width}}  {score['AP']:5.3f}  {score['AP50']:5.3f}{boxes}"
 
 
 def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluation:
@@ -113,8 +165,9 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         checkpoint (dict): the content of the file of ``--resume``.
     """
     device = build_device(config)
-    dataset = build_dataset("val", config)
-    model = build_model(config, checkpoint, dataset.class_names, dataset.num_classes)
+    [dataset] = build_datasets(config, ("val",), checkpoint)
+    model = build_model(config, dataset.num_classes)
+    load_weights(model, evaluated_weights(checkpoint))
     evaluation = evaluate(
         model.to(device),
         build_criterion(config, dataset.num_classes).to(device),
@@ -124,7 +177,7 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         print_freq=config.print_freq,
     )
     if config.per_class:
-        say("\n".join(_per_class_lines(evaluation.result)))
+        say("\n".join(per_class_lines(evaluation.result)))
     if config.output_dir:
         output = Path(config.output_dir)
         output.mkdir(parents=True, exist_ok=True)

@@ -128,6 +128,18 @@ class SmoothedValue:
         self.read([self])
         return self._total / self._count if self._count else math.nan
 
+    def state(self) -> dict[str, Any]:
+        """The series as plain numbers, for a checkpoint."""
+        self.read([self])
+        return {"window": list(self._window), "total": self._total, "count": self._count}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the series that `state` was taken of."""
+        self._unread.clear()
+        self._window.clear()
+        self._window.extend(state["window"])
+        self._total, self._count = state["total"], state["count"]
+
     def __str__(self) -> str:
         names = ("median", "avg", "global_avg", "max", "value")
         return self.fmt.format(**{name: getattr(self, name) for name in names})
@@ -173,23 +185,35 @@ class MetricLogger:
         SmoothedValue.read(self.meters.values())
         return {name: meter.global_avg for name, meter in self.meters.items()}
 
+    def state(self) -> dict[str, Any]:
+        """All meters in their order, for a checkpoint."""
+        SmoothedValue.read(self.meters.values())
+        return {name: meter.state() for name, meter in self.meters.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue the meters that `state` was taken of."""
+        for name, values in state.items():
+            self.meters[name].restore(values)
+
     def __str__(self) -> str:
         SmoothedValue.read(self.meters.values())
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def log_every(
-        self, iterable: SizedIterable[Item], print_freq: int, header: str = ""
+        self, iterable: SizedIterable[Item], print_freq: int, header: str = "", start: int = 0
     ) -> Iterator[Item]:
         """Yield the items of `iterable`; print the meters, the pace and the time left.
 
         A line follows the first item, every `print_freq`-th after it and the last one. On a
-        terminal with tqdm installed a progress bar stands under the lines.
+        terminal with tqdm installed a progress bar stands under the lines. Counting begins at
+        `start`, where `iterable` yields only the items from there on.
         """
         length = len(iterable)
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
         tqdm = _terminal_bar(self.stream or sys.stdout)
         bar = tqdm and tqdm(
             total=length,
+            initial=start,
             desc=header,
             file=self.stream or sys.stdout,
             leave=False,
@@ -197,9 +221,9 @@ class MetricLogger:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left "
             "({rate_fmt})",
         )
-        start = last = perf_counter()
+        began = last = perf_counter()
         try:
-            for index, item in enumerate(iterable):
+            for index, item in enumerate(iterable, start):
                 data_time.update(perf_counter() - last)
                 yield item
                 printing = index % print_freq == 0 or index == length - 1
@@ -221,8 +245,8 @@ class MetricLogger:
         finally:
             if bar is not None:
                 bar.close()
-        took = perf_counter() - start
-        pace = f"({took / max(length, 1):.4f} s / it)"
+        took = perf_counter() - began
+        pace = f"({took / max(length - start, 1):.4f} s / it)"
         self.say(f"{header} Total time: {timedelta(seconds=int(took))} {pace}")
 
 

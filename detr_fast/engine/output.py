@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from detr_fast.engine.evaluate import Evaluation
 from detr_fast.engine.log import JsonLog
 from detr_fast.models.checkpoint import write_checkpoint
+from detr_fast.models.checksum import with_digests
 from detr_fast.reference.boxes import box_cxcywh_to_xyxy
 from detr_fast.visualize import draw_detections, plot_training_curves
 
@@ -17,13 +18,20 @@ from detr_fast.visualize import draw_detections, plot_training_curves
 class OutputFolder:
     """The folder of ``--output_dir``; with an empty name nothing is written.
 
-    ``log.txt`` (a JSON object per epoch), ``checkpoint.pth`` (the last epoch),
-    ``checkpoint_best.pth`` (the highest AP), ``checkpointNNNN.pth`` (milestones),
-    ``eval/latest.pth`` and ``eval/NNN.pth`` (precision and recall), ``curves.png`` and
-    ``detections.png``. Every file is complete at any time: it is written aside, then renamed.
+    ``log.txt`` (a JSON object per epoch), ``checkpoint.pth`` (the last one) and
+    ``checkpoint_previous.pth`` (the one before), ``checkpoint_best.pth`` (the highest AP),
+    ``checkpointNNNN.pth`` (milestones), ``eval/latest.pth`` and ``eval/NNN.pth`` (precision and
+    recall), ``curves.png`` and ``detections.png``. Every file is complete at any time: it is
+    written aside, then renamed.
+
+    Args:
+        path (str): the folder; it is made.
+        start_epoch (int): the first epoch of this run; what ``log.txt`` has of later ones goes.
+        keep (int): how many of the last checkpoints are kept, at least 1.
     """
 
-    def __init__(self, path: str, start_epoch: int = 0) -> None:
+    def __init__(self, path: str, start_epoch: int = 0, keep: int = 1) -> None:
+        self._keep = keep
         self.path = Path(path) if path else None
         if self.path:
             (self.path / "eval").mkdir(parents=True, exist_ok=True)
@@ -36,9 +44,11 @@ class OutputFolder:
             plot_training_curves(self.path / "log.txt", self.path / "curves.png")
 
     def write_checkpoint(self, state: dict[str, Any], *names: str) -> None:
-        """Write ``checkpoint.pth`` and its copies ``checkpoint<name>.pth``."""
+        """Write ``checkpoint.pth`` and its copies ``checkpoint<name>.pth``, with checksums."""
         if self.path:
-            for name in ("", *names):
+            state = with_digests(state)
+            write_checkpoint(state, self.path / "checkpoint.pth", self._keep)
+            for name in names:
                 write_checkpoint(state, self.path / f"checkpoint{name}.pth")
 
     def write_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
@@ -51,9 +61,10 @@ class OutputFolder:
         """Draw the detections of the first images, with the annotated boxes, in one picture."""
         if not self.path:
             return
-        pictures = [dataset.load_image(i) for i in range(len(evaluation.samples))]
+        indices = [dataset.index_of(image_id) for image_id in evaluation.samples]
+        pictures = [dataset.load_image(index) for index in indices]
         targets = []
-        for index, picture in enumerate(pictures):
+        for index, picture in zip(indices, pictures, strict=True):
             target = dataset[index][1]
             height, width = picture.shape[-2:]
             boxes = box_cxcywh_to_xyxy(target["boxes"])
@@ -61,7 +72,7 @@ class OutputFolder:
             targets.append({"labels": target["labels"], "boxes": boxes})
         draw_detections(
             pictures,
-            evaluation.samples,
+            list(evaluation.samples.values()),
             dataset.class_names,
             self.path / "detections.png",
             targets=targets,

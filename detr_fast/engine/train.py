@@ -4,81 +4,109 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
 from detr_fast.config import Config
 from detr_fast.criterion import SetCriterion
 from detr_fast.engine.build import (
     build_criterion,
-    build_dataset,
     build_device,
     build_loader,
     build_model,
+    load_starting_weights,
 )
-from detr_fast.engine.evaluate import evaluate, to_device, weighted_losses
+from detr_fast.engine.datasets import build_datasets
+from detr_fast.engine.diagnose import why_no_ap
+from detr_fast.engine.evaluate import (
+    TrainingDivergedError,
+    criterion_losses,
+    evaluate,
+    per_class_lines,
+    to_device,
+    weighted_losses,
+)
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
-from detr_fast.engine.optim import build_optimizer, build_schedule
+from detr_fast.engine.optim import Learner, freeze, training_mode
 from detr_fast.engine.output import OutputFolder
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is not finite."""
+from detr_fast.engine.resume import Progress
+from detr_fast.models.checkpoint import CheckpointError
 
 
 class StopRequest:
-    """Turns the first Ctrl-C into a wish that the loop grants between two steps."""
+    """Turns the first Ctrl-C or SIGTERM into a wish that the loop grants between two updates.
+
+    Attributes:
+        signal (int): the signal that came; 0 for none.
+    """
 
     def __init__(self) -> None:
-        self.made = False
+        self.signal = 0
 
-    def _make(self, *_: Any) -> None:
-        self.made = True
+    def _make(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the second one is for good
 
     @contextmanager
     def listening(self) -> Iterator["StopRequest"]:
-        """Within this context Ctrl-C is heard here."""
-        before = signal.signal(signal.SIGINT, self._make)
+        """Within this context the signals are heard here."""
+        before = {s: signal.signal(s, self._make) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def train_one_epoch(
-    model: nn.Module,
+    learner: Learner,
     criterion: SetCriterion,
     loader: DataLoader,
-    optimizer: AdamW,
     device: torch.device,
     epoch: int,
     *,
-    clip_max_norm: float,
     print_freq: int,
     stop: StopRequest,
-) -> dict[str, float]:
-    """Train on every batch of the loader once; return the averaged metrics.
+    log: MetricLogger | None = None,
+    first: int = 0,
+    after_update: Callable[[int], None] = lambda batches: None,
+) -> int:
+    """Train on every batch of the loader once.
+
+    Args:
+        learner (Learner): holds model and optimizer.
+        criterion (SetCriterion): the losses.
+        loader (DataLoader): yields the batches from number ``first`` on; its length counts all.
+        device (torch.device): where the model is.
+        epoch (int): its number, for the log.
+        print_freq (int): batches between two lines of the log.
+        stop (StopRequest): ends the epoch after the update in hand.
+        log (MetricLogger, optional): collects the metrics.
+        first (int): batches of this epoch that were done before.
+        after_update (Callable): called with the number of batches done, when no gradient waits.
+
+    Returns:
+        int: batches done; fewer than the loader's length if the epoch was stopped.
 
     Raises:
         TrainingDivergedError: if the loss is not finite; the weights are those of the step before.
     """
-    model.train()
+    training_mode(learner.model)
     criterion.train()
-    log = MetricLogger(delimiter="  ")
-    log.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
-    log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    for images, targets in log.log_every(loader, print_freq, f"Epoch: [{epoch}]"):
-        outputs = model(images.to(device))
-        losses = criterion(outputs, to_device(targets, device))
+    log = log or MetricLogger()
+    header, batches = f"Epoch: [{epoch}]", len(loader)
+    for batch, (images, targets) in enumerate(
+        log.log_every(loader, print_freq, header, start=first), first
+    ):
+        outputs = learner.model(images.to(device))
+        losses = criterion_losses(criterion, outputs, to_device(targets, device))
         total, terms = weighted_losses(losses, criterion.weight_dict)
         if not math.isfinite(total.item()):  # waits for the device
             bad = ", ".join(f"{k} = {v.item()}" for k, v in losses.items() if not v.isfinite())
@@ -87,17 +115,24 @@ def train_one_epoch(
                 f"loss is {total.item()} in epoch {epoch} ({bad}; images {ids}): lower --lr, or "
                 "look at the boxes of these images"
             )
-        optimizer.zero_grad()
-        total.backward()
-        if clip_max_norm > 0:
-            nn.utils.clip_grad_norm_(model.parameters(), clip_max_norm)
-        optimizer.step()
+        learner.learn(total, batch, batches)
         log.update(class_error=losses["class_error"], loss=total.detach(), **terms)
-        log.update(lr=optimizer.param_groups[0]["lr"])
-        if stop.made:
-            break
+        log.update(lr=learner.rate)
+        if learner.updated:
+            after_update(batch + 1)
+            if stop.signal:
+                return batch + 1
     log.say(f"Averaged stats: {log}")
-    return log.averages()
+    return batches
+
+
+def epoch_log(meters: dict[str, Any]) -> MetricLogger:
+    """The meters of a training epoch in the original's form; ``meters`` of its first part."""
+    log = MetricLogger(delimiter="  ")
+    log.add_meter("lr", SmoothedValue(window_size=1, fmt="{value:.6f}"))
+    log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
+    log.restore(meters)
+    return log
 
 
 def is_milestone(epoch: int, lr_drop: int) -> bool:
@@ -105,104 +140,173 @@ def is_milestone(epoch: int, lr_drop: int) -> bool:
     return (epoch + 1) % lr_drop == 0 or (epoch + 1) % 100 == 0
 
 
+class Run:
+    """A training from its first to its last epoch.
+
+    Args:
+        config (Config): the flags.
+        checkpoint (dict, optional): the content of the file of ``--resume`` or ``--finetune``.
+    """
+
+    def __init__(self, config: Config, checkpoint: dict[str, Any] | None) -> None:
+        self.config = config
+        self.device = build_device(config)
+        self.train_set, self.val_set = build_datasets(config, ("train", "val"))
+        self.model = build_model(config, self.train_set.num_classes)
+        goes_on = load_starting_weights(self.model, config, checkpoint, self.train_set.class_names)
+        self.model.to(self.device)
+        freeze(self.model, config.freeze)
+        self.criterion = build_criterion(config, self.train_set.num_classes).to(self.device)
+        self.learner = Learner(self.model, config)
+        self.train_loader = build_loader(self.train_set, config, self.device, shuffle=True)
+        self.val_loader = build_loader(self.val_set, config, self.device, shuffle=False)
+        self.progress = Progress.of(config, len(self.train_set))
+        if goes_on:
+            try:
+                self.learner.load_state_dict(checkpoint)
+                self.progress = self.progress.resumed(checkpoint)
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"{config.resume}: its training state does not fit ({error!r}): start from its "
+                    "weights with --finetune"
+                ) from error
+        self.output = OutputFolder(config.output_dir, self.progress.epoch, config.keep_checkpoints)
+        self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.stop = StopRequest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The content of a checkpoint: all that `Run` needs to go on exactly."""
+        return {
+            "model": self.model.state_dict(),
+            **self.learner.state_dict(),
+            **self.progress.state_dict(),
+            "args": asdict(self.config),
+            "model_config": asdict(self.model.config),
+            "class_names": self.train_set.class_names,
+            "category_ids": self.train_set.category_ids,
+        }
+
+    def train_epoch(self) -> MetricLogger | None:
+        """Train the rest of the epoch in hand; None if it was stopped, its checkpoint written."""
+        log, epoch, steps = (
+            epoch_log(self.progress.meters),
+            self.progress.epoch,
+            self.config.checkpoint_steps,
+        )
+        saved = self.progress.batch
+
+        def save(batches: int) -> None:
+            nonlocal saved
+            if steps and batches - saved >= steps and batches < len(self.train_loader):
+                self.progress = replace(self.progress, batch=batches, meters=log.state())
+                self.output.write_checkpoint(self.state_dict())
+                saved = batches
+
+        self.train_loader.batch_sampler.begin(epoch, self.progress.batch)
+        done = train_one_epoch(
+            self.learner,
+            self.criterion,
+            self.train_loader,
+            self.device,
+            epoch,
+            print_freq=self.config.print_freq,
+            stop=self.stop,
+            log=log,
+            first=self.progress.batch,
+            after_update=save,
+        )
+        if self.stop.signal:
+            self.progress = replace(self.progress, batch=done, meters=log.state())
+            self.output.write_checkpoint(self.state_dict())
+            return None
+        return log
+
+    def finish_epoch(self, log: MetricLogger) -> None:
+        """Evaluate, and leave checkpoint, log and pictures of the epoch."""
+        config, epoch = self.config, self.progress.epoch
+        self.learner.schedule.step()
+        evaluation = evaluate(
+            self.learner.evaluated,
+            self.criterion,
+            self.val_loader,
+            self.device,
+            evaluator=config.evaluator,
+            print_freq=config.print_freq,
+        )
+        for dataset in (self.train_set, self.val_set):
+            for line in dataset.unusable_lines():
+                say(f"warning: {line}")
+        ap = evaluation.result.stats[0]
+        copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop_epoch) else []
+        best = self.progress.best_ap
+        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, meters={})
+        if ap > best:
+            self.progress = replace(self.progress, best_ap=ap, best_epoch=epoch)
+            copies.append("_best")
+        self.output.write_checkpoint(self.state_dict(), *copies)
+        self.output.write_evaluation(epoch, evaluation)
+        self.output.draw(self.val_set, evaluation)
+        record = {
+            **{f"train_{name}": value for name, value in log.averages().items()},
+            **{f"test_{name}": value for name, value in evaluation.metrics.items()},
+            "test_coco_eval_bbox": evaluation.result.stats,
+            "epoch": epoch,
+            "n_parameters": self.parameters,
+        }
+        self.output.write_log(record)
+        if advice := why_no_ap(record, self.learner.steps, config):
+            say(advice)
+        last = epoch + 1 == config.epochs or self.out_of_patience()
+        if last or config.per_class:
+            say("\n".join(per_class_lines(evaluation.result, self.train_set)))
+
+    def out_of_patience(self) -> bool:
+        """Whether ``--patience`` epochs have gone by without a better AP."""
+        since = self.progress.epoch - 1 - self.progress.best_epoch
+        return 0 < self.config.patience <= since
+
+    def __call__(self) -> int:
+        """Train to the end; return the exit code: 0, or 128 + the signal that stopped it."""
+        config = self.config
+        say(f"number of params: {self.parameters}")
+        if self.progress.epoch >= config.epochs:
+            seen = self.progress.epoch
+            say(f"nothing to train: {config.resume} has seen {seen} of --epochs {config.epochs}")
+        elif config.lr_drop_epoch >= config.epochs:
+            say(
+                f"the learning rates stay as they are: --lr_drop {config.lr_drop:g} is not within "
+                f"--epochs {config.epochs} (a share is fine, too: --lr_drop 0.67)"
+            )
+        began = time.perf_counter()
+        with self.stop.listening() as stop:
+            while self.progress.epoch < config.epochs and not stop.signal:
+                if self.out_of_patience():
+                    say(
+                        f"stopped early: no AP above {self.progress.best_ap:.3f} (epoch "
+                        f"{self.progress.best_epoch}) for {config.patience} epochs"
+                    )
+                    break
+                log = self.train_epoch()
+                if log is not None:
+                    self.finish_epoch(log)
+        say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
+        path = self.output.path
+        if path:
+            say(f"{path}: {', '.join(sorted(p.name for p in path.iterdir()))}")
+        if stop.signal:
+            say(f"stopped; continue with --resume {path}/checkpoint.pth" if path else "stopped")
+            return 128 + stop.signal
+        return 0
+
+
 def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
     """Train as the flags say, evaluate after each epoch, leave everything in the output folder.
 
     Args:
         config (Config): the flags.
-        checkpoint (dict, optional): the content of the file of ``--resume``.
+        checkpoint (dict, optional): the content of the file of ``--resume`` or ``--finetune``.
 
     Returns:
-        int: exit code of the program; 130 after Ctrl-C.
+        int: exit code of the program; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    device = build_device(config)
-    train_set, val_set = (build_dataset(name, config) for name in ("train", "val"))
-    names, num_classes = train_set.class_names, train_set.num_classes
-    model = build_model(config, checkpoint, names, num_classes)
-    model.to(device)
-    criterion = build_criterion(config, num_classes).to(device)
-    optimizer = build_optimizer(
-        model, lr=config.lr, lr_backbone=config.lr_backbone, weight_decay=config.weight_decay
-    )
-    schedule = build_schedule(optimizer, config.lr_drop)
-    start_epoch, best = config.start_epoch, -1.0
-    if checkpoint and "optimizer" in checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["lr_scheduler"])
-        start_epoch, best = checkpoint["epoch"] + 1, checkpoint.get("best_ap", best)
-    train_loader = build_loader(train_set, config, device, shuffle=True)
-    val_loader = build_loader(val_set, config, device, shuffle=False)
-    output = OutputFolder(config.output_dir, start_epoch)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"number of params: {parameters}")
-    if start_epoch >= config.epochs:
-        say(f"nothing to train: {config.resume} has seen {start_epoch} of --epochs {config.epochs}")
-
-    def state(epoch: int) -> dict[str, Any]:
-        return {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "lr_scheduler": schedule.state_dict(),
-            "epoch": epoch,
-            "best_ap": best,
-            "args": asdict(config),
-            "model_config": asdict(model.config),
-            "class_names": names,
-        }
-
-    began = time.perf_counter()
-    with StopRequest().listening() as stop:
-        for epoch in range(start_epoch, config.epochs):
-            train_metrics = train_one_epoch(
-                model,
-                criterion,
-                train_loader,
-                optimizer,
-                device,
-                epoch,
-                clip_max_norm=config.clip_max_norm,
-                print_freq=config.print_freq,
-                stop=stop,
-            )
-            if stop.made:  # the epoch counts as not begun: --resume repeats it from these weights
-                output.write_checkpoint(state(epoch - 1))
-                break
-            schedule.step()
-            evaluation = evaluate(
-                model,
-                criterion,
-                val_loader,
-                device,
-                evaluator=config.evaluator,
-                print_freq=config.print_freq,
-            )
-            ap = evaluation.result.stats[0]
-            copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop) else []
-            if ap > best:
-                best = ap
-                copies.append("_best")
-            output.write_checkpoint(state(epoch), *copies)
-            output.write_evaluation(epoch, evaluation)
-            output.draw(val_set, evaluation)
-            output.write_log(
-                {
-                    **{f"train_{name}": value for name, value in train_metrics.items()},
-                    **{f"test_{name}": value for name, value in evaluation.metrics.items()},
-                    "test_coco_eval_bbox": evaluation.result.stats,
-                    "epoch": epoch,
-                    "n_parameters": parameters,
-                }
-            )
-            if stop.made:
-                break
-    say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
-    if output.path:
-        say(f"{output.path}: {', '.join(sorted(p.name for p in output.path.iterdir()))}")
-    if stop.made:
-        say(
-            f"stopped; continue with --resume {output.path}/checkpoint.pth"
-            if output.path
-            else "stopped"
-        )
-        return 130
-    return 0
+    return Run(config, checkpoint)()

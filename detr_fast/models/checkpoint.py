@@ -15,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from detr_fast.models.checksum import damaged_entries
 from detr_fast.models.model_config import ModelConfig
 
 SHOWN = 5  # keys named in full in a message
@@ -79,6 +80,11 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: expected a dict with the key 'model' or a state dict, "
             f"found a {type(checkpoint).__name__}: save model.state_dict()"
         )
+    if damaged := damaged_entries(checkpoint):
+        raise CheckpointError(
+            f"{path}: damaged: the checksum of {', '.join(damaged)} does not match: take a copy of "
+            "it or an earlier checkpoint (if you changed it on purpose, delete its entry 'sha256')"
+        )
     return checkpoint
 
 
@@ -102,16 +108,20 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     return f"not a checkpoint of tensors, or damaged{reason}: copy or download it again"
 
 
-def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_checkpoint(
+    checkpoint: Mapping[str, Any], path: str | os.PathLike[str], keep: int = 1
+) -> None:
     """Write a checkpoint so that ``path`` holds the old file or the new one, never a part.
 
     Args:
         checkpoint (Mapping): what ``torch.save`` takes; for :func:`read_checkpoint` to read it,
             tensors and plain containers.
         path (str | PathLike): the file, in an existing folder.
+        keep (int): how many generations are kept, the new one included; see
+            :func:`generation`.
 
     Raises:
-        OSError: if the disk is full or the folder cannot be written; the old file stays.
+        OSError: if the disk is full or the folder cannot be written; the old files stay.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -120,9 +130,30 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
+        for age in range(keep - 1, 0, -1):
+            if generation(path, age - 1).exists():
+                os.replace(generation(path, age - 1), generation(path, age))
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def generation(path: Path, age: int) -> Path:
+    """The name of an earlier checkpoint: ``x.pth``, ``x_previous.pth``, ``x_previous_2.pth``..."""
+    suffix = ("", "_previous")[age] if age < 2 else f"_previous_{age}"
+    return path.with_name(f"{path.stem}{suffix}{path.suffix}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk."""
+    if os.name == "nt":  # a folder cannot be opened there
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def weights_of(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

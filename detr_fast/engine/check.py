@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``--check_data``: look at every annotation and image before a training does."""
+
+from detr_fast.config import Config, UsageError
+from detr_fast.data.coco import CocoDetection
+from detr_fast.data.validate import DataReport, check_images
+from detr_fast.engine.datasets import build_datasets
+from detr_fast.engine.log import MetricLogger, say
+
+
+def check_data(config: Config) -> int:
+    """Read all annotations, decode all images, and say what is wrong with them.
+
+    Returns:
+        int: exit code: 0 if nothing is wrong, else 2.
+
+    Raises:
+        DatasetError: if there are no usable data, or anything is wrong under ``--strict_data``.
+    """
+    if config.dataset_file == "shapes":
+        raise UsageError("--check_data: generated images have nothing to check: name your data")
+    splits = ("val",) if config.eval else ("train", "val")
+    datasets = build_datasets(config, splits)
+    wrong = 0
+    for split, dataset in zip(splits, datasets, strict=True):
+        report = _check_images(split, dataset)
+        for line in report.lines():
+            say(f"warning: {line}")
+        wrong += len(dataset.report) + len(report)
+        _say_classes(split, dataset)
+    say(f"{wrong} problems found" if wrong else "nothing wrong found")
+    return 2 if wrong else 0
+
+
+def _check_images(split: str, dataset: CocoDetection) -> DataReport:
+    report = DataReport(str(dataset.image_folder))
+    checked = check_images(dataset, report)
+    for _ in MetricLogger().log_every(checked, 1000, f"Images ({split}):"):
+        pass
+    return report
+
+
+def _say_classes(split: str, dataset: CocoDetection) -> None:
+    counts = dataset.box_counts()
+    total = max(sum(counts.values()), 1)
+    width = max(map(len, dataset.class_names.values()))
+    say(f"{'class':>{width}}  label  category id  boxes ({split})")
+    for label, name in sorted(dataset.class_names.items(), key=lambda e: -counts.get(e[0], 0)):
+        count = counts.get(label, 0)
+        category = dataset.category_ids.get(label, "-")
+        say(f"{name:>{width}}  {label:5}  {category:>11}  {count} ({count / total:.1%})")

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data sets of a run: found, read and checked, their classes mapped to labels."""
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from detr_fast.config import Config, UsageError
+from detr_fast.data.annotations import CocoAnnotations, DatasetError, read_json
+from detr_fast.data.coco import CocoDetection
+from detr_fast.data.labels import LabelMap
+from detr_fast.data.layouts import Source, find_layout
+from detr_fast.data.shapes import ShapesDetection
+from detr_fast.data.transforms import eval_transforms, train_transforms
+from detr_fast.data.validate import DataReport, leave_out_missing_images
+from detr_fast.engine.log import say
+from detr_fast.models.checkpoint import CheckpointError, model_config_from_checkpoint
+from detr_fast.models.model_config import ModelConfig
+
+SHOWN = 10  # classes named in the line that counts them
+
+
+def build_datasets(
+    config: Config, splits: tuple[str, ...], checkpoint: dict[str, Any] | None = None
+) -> list[Dataset]:
+    """The data sets of ``--dataset_file``, all with one map from classes to labels.
+
+    What is wrong with them is said, a line per kind.
+
+    Args:
+        config (Config): the flags.
+        splits (tuple[str, ...]): of ``"train"`` (augmented) and ``"val"``.
+        checkpoint (dict, optional): to be evaluated: its labels are taken, not those of the data.
+
+    Raises:
+        DatasetError: if there are no usable data, or anything is wrong under ``--strict_data``.
+        UsageError: if the checkpoint does not know the classes of the data.
+    """
+    if config.dataset_file == "shapes":
+        shapes = [ShapesDetection(split, augment=split == "train") for split in splits]
+        if checkpoint is not None:
+            labels_of_checkpoint(config, checkpoint, ShapesDetection.class_names)
+        return shapes
+    sources = _sources(config, splits)
+    reports = {split: DataReport(str(source.annotations)) for split, source in sources.items()}
+    tables = {split: _read(source, reports[split]) for split, source in sources.items()}
+    for note in dict.fromkeys(note for table in tables.values() for note in table.notes):
+        say(note)
+    first = tables[splits[0]]
+    if checkpoint is None:
+        labels = LabelMap.from_categories(first.class_names)
+    else:
+        used = {label: first.class_names[label] for label in set(first.labels.tolist())}
+        labels = labels_of_checkpoint(config, checkpoint, used)
+    datasets = [
+        CocoDetection(
+            sources[split].images,
+            tables[split],
+            (train_transforms if split == "train" else eval_transforms)(config.image_size),
+            labels=labels,
+            unusable="raise" if config.strict_data else "replace" if split == "train" else "skip",
+            report=reports[split],
+        )
+        for split in splits
+    ]
+    for split, dataset in zip(splits, datasets, strict=True):
+        _describe(split, dataset, reports[split])
+    wrong = sum(map(len, reports.values()))
+    if wrong and config.strict_data:
+        raise DatasetError(
+            f"{wrong} problems in the data, said above: mend them, or leave --strict_data out"
+        )
+    return datasets
+
+
+def _sources(config: Config, splits: tuple[str, ...]) -> dict[str, Source]:
+    """Where the data are."""
+    if config.coco_path:
+        layout = find_layout(Path(config.coco_path), remove_difficult=config.remove_difficult)
+        say(layout.said)
+        return {split: layout.source(split) for split in splits}
+    sources = {}
+    for split in splits:
+        images, annotations = (
+            Path(getattr(config, f"{split}_{part}")) for part in ("images", "annotations")
+        )
+        sources[split] = Source(images, annotations, lambda _, path=annotations: read_json(path))
+    return sources
+
+
+def _read(source: Source, report: DataReport) -> CocoAnnotations:
+    """The annotations of a split, without what is wrong with them."""
+    if not source.images.is_dir():
+        raise DatasetError(f"{source.images}: no such image folder: check the path")
+    content = source.read(report)
+    table = CocoAnnotations.from_dict(content, str(source.annotations), report)
+    return leave_out_missing_images(table, source.images, report)
+
+
+def _describe(split: str, dataset: CocoDetection, report: DataReport) -> None:
+    """Say what there is and what is wrong with it."""
+    counts = dict(sorted(dataset.box_counts().items(), key=lambda entry: -entry[1]))
+    boxes = sum(counts.values())
+    named = _listed([f"{dataset.class_names[label]} {counts[label]}" for label in counts])
+    say(f"{split}: {len(dataset)} images, {boxes} boxes of {len(counts)} classes: {named}")
+    for line in report.lines():
+        say(f"warning: {line}")
+    if not boxes:
+        raise DatasetError(
+            f"{report.source}: no box to learn or to score in {len(dataset)} images: check that "
+            "'annotations' is not empty, that its image_id are ids of 'images', and that boxes are "
+            "[x, y, width, height] in pixels"
+        )
+
+
+def labels_of_checkpoint(
+    config: Config, checkpoint: dict[str, Any], categories: dict[int, str]
+) -> LabelMap:
+    """The labels of a checkpoint to be evaluated on data with these categories.
+
+    Classes are compared by name where the checkpoint names them. Where it does not, its labels are
+    taken as category ids, which they are in the original and its published weights.
+
+    Raises:
+        UsageError: if the checkpoint does not know a class of the data.
+    """
+    model = model_config_from_checkpoint(checkpoint)
+    num_classes = model.num_classes if model else ModelConfig().num_classes
+    if "class_names" in checkpoint:
+        try:
+            labels = LabelMap.from_names(checkpoint["class_names"], num_classes)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{config.resume}: its class_names are malformed: {error}"
+            ) from error
+        known = labels.labels_of(categories)
+        if missing := [name for label, name in categories.items() if label not in known]:
+            raise UsageError(
+                f"{config.resume} knows {_listed(list(labels.names.values()))}; the data have "
+                f"{_listed(missing)}: evaluate it on the data it was made for, or train on these "
+                "with --finetune"
+            )
+        return labels
+    if max(categories, default=0) >= num_classes:
+        raise UsageError(
+            f"{config.resume} was trained for {num_classes} classes, the data have category ids "
+            f"up to {max(categories)}: evaluate it on the data it was made for"
+        )
+    return LabelMap.from_names(categories, num_classes)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
