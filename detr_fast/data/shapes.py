@@ -12,7 +12,7 @@ the pixels of its object that can be seen, as in COCO: x0, y0, x1, y1, the last 
 
 import math
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -277,6 +277,7 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     class_names = CLASS_NAMES
     num_classes = max(CLASS_NAMES) + 1
+    category_ids: ClassVar = {label: label for label in CLASS_NAMES}
 
     def __init__(self, image_set: str, augment: bool | None = None, length: int | None = None):
         if image_set not in LENGTHS:
@@ -304,6 +305,22 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def load_image(self, index: int) -> Tensor:
         """The picture as painted: (Tensor[3, 128, 128]) uint8."""
         return self._picture(index)[0]
+
+    def index_of(self, image_id: int) -> int:
+        """The index of a picture by its image id, which is the index.
+
+        Raises:
+            KeyError: no picture has this id.
+        """
+        if not 0 <= image_id < len(self):
+            raise KeyError(f"{NAME}: no image id {image_id}")
+        return image_id
+
+    def box_counts(self) -> dict[int, int]:
+        """Label to number of boxes; paints all pictures at the first use."""
+        labels = torch.cat([self._picture(index)[2] for index in range(len(self))])
+        counts = torch.bincount(labels, minlength=self.num_classes).tolist()
+        return {label: counts[label] for label in self.class_names}
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         pixels, corners, labels = self._picture(index)

@@ -88,7 +88,7 @@ def test_target_is_clamped_and_filtered(dataset):
     _, target = dataset[2]
     # without the crowd, the box of no width and the one outside
     assert target["boxes"].tolist() == [[1, 2, 4, 6], [0.5, 0, 30, 20]]
-    assert target["labels"].tolist() == [17, 3]
+    assert target["labels"].tolist() == [1, 0]  # "dog", "cat"
     assert target["area"].tolist() == [7.5, 590]  # as written; width * height where it is not
     assert target["iscrowd"].tolist() == [0, 0]
     assert target["orig_size"].tolist() == target["size"].tolist() == [20, 30]
@@ -111,8 +111,9 @@ def test_an_image_without_boxes_is_kept(dataset):
 
 
 def test_class_names_and_count(dataset):
-    assert dataset.class_names == {3: "cat", 17: "dog"}
-    assert dataset.num_classes == 18
+    assert dataset.class_names == {0: "cat", 1: "dog"}
+    assert dataset.num_classes == 2
+    assert dataset.category_ids == {0: 3, 1: 17}
 
 
 def test_ground_truth_holds_every_box_of_the_listed_images(dataset):
