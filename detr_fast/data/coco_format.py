@@ -249,12 +249,14 @@ class _Annotations(_Entries):
             return
         seen: dict[int, set[tuple[float, ...]]] = {}
         again, other = np.zeros_like(self.kept), np.zeros_like(self.kept)
-        for at in _sharing(self.ids.values, self.kept & self.ids.valid):
-            what = (self.owners.values[at], self.categories.values[at], *self.boxes.values[at])
+        rows = _sharing(self.ids.values, self.kept & self.ids.valid)
+        table = (self.owners.values, self.categories.values, *self.boxes.values.T)
+        contents = zip(*(column[rows].tolist() for column in table), strict=True)
+        for at, content in zip(rows, contents, strict=True):
             same_id = seen.setdefault(int(self.ids.values[at]), set())
-            again[at] = what in same_id
-            other[at] = same_id and what not in same_id
-            same_id.add(what)
+            again[at] = content in same_id
+            other[at] = bool(same_id) and content not in same_id
+            same_id.add(content)
         self.leave_out(again, "annotations that are listed again")
         self.note(other, "annotations with the id of another one (kept)")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys of many JSON objects as arrays, with a mask of the values that are what they should be.
 
-Values of plain types, the rule, are converted by numpy at once; only a list with others among them
-is gone through value by value. No JSON value raises here.
+Values of plain types, the rule, are converted by numpy at once, others one by one. No JSON value
+raises here.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ Objects = Sequence[Mapping[str, Any]]
 
 # pixels; float32 arithmetic on coordinates stays finite, and no image is larger
 LARGEST_COORDINATE = 2.0**31
+_PLAIN = frozenset((int, float))
 _INT64 = np.iinfo(np.int64)
 
 
@@ -50,7 +51,7 @@ def integers(
 
     A key that is absent or null has the default; without one it is malformed.
     """
-    values, valid = _convert(entries, key, np.int64, {int}, _integer, default)
+    values, valid = _convert(entries, key, np.int64, frozenset((int,)), _integer, default)
     valid &= (values >= low) & (values <= high)
     values[~valid] = default or 0
     return Column(values, valid)
@@ -62,7 +63,7 @@ def switches(entries: Objects, key: str) -> Column:
     def convert(value: Any) -> int | None:
         return int(value) if isinstance(value, bool) else _integer(value)
 
-    values, valid = _convert(entries, key, np.int64, {int, bool}, convert, 0)
+    values, valid = _convert(entries, key, np.int64, frozenset((int, bool)), convert, 0)
     valid &= (values == 0) | (values == 1)
     values[~valid] = 0
     return Column(values, valid)
@@ -73,7 +74,7 @@ def measures(entries: Objects, key: str) -> Column:
 
     An absent one is valid.
     """
-    values, valid = _convert(entries, key, np.float64, {int, float}, _number, math.nan)
+    values, valid = _convert(entries, key, np.float64, _PLAIN, _number, math.nan)
     valid &= ~(values < 0)
     values[~valid] = math.nan
     return Column(values, valid)
@@ -82,22 +83,23 @@ def measures(entries: Objects, key: str) -> Column:
 def quadruples(entries: Objects, key: str) -> Column:
     """Lists of four finite numbers within `LARGEST_COORDINATE` (float64[N, 4])."""
     raw = [entry.get(key) for entry in entries]
-    if set(map(type, raw)) <= {list, tuple} and set(map(len, raw)) <= {4}:
-        flat = list(chain.from_iterable(raw))
-        if set(map(type, flat)) <= {int, float}:
-            try:
-                values = np.array(flat, dtype=np.float64).reshape(len(raw), 4)
-            except OverflowError:
-                pass
-            else:
-                return _within_reach(values)
-    return _within_reach(np.array([_quadruple(value) for value in raw]).reshape(len(raw), 4))
-
-
-def _within_reach(values: np.ndarray) -> Column:
+    odd = [at for at, value in enumerate(raw) if not _is_plain_quadruple(value)]
+    rows = raw.copy()
+    for at in odd:
+        rows[at] = (0, 0, 0, 0)
+    try:
+        values = np.array(list(chain.from_iterable(rows)), dtype=np.float64).reshape(-1, 4)
+    except OverflowError:
+        odd, values = range(len(raw)), np.zeros((len(raw), 4))
+    for at in odd:
+        values[at] = _quadruple(raw[at])
     valid = (np.abs(values) <= LARGEST_COORDINATE).all(axis=1)
     values[~valid] = 0
     return Column(values, valid)
+
+
+def _is_plain_quadruple(value: Any) -> bool:
+    return type(value) is list and len(value) == 4 and _PLAIN.issuperset(map(type, value))
 
 
 def _quadruple(value: Any) -> list[float]:
@@ -112,26 +114,24 @@ def _convert(
     entries: Objects,
     key: str,
     dtype: type,
-    plain: set[type],
+    plain: frozenset[type],
     convert: Callable[[Any], int | float | None],
     default: int | float | None,
 ) -> Column:
     raw = [entry.get(key) for entry in entries]
-    if set(map(type, raw)) <= plain:
-        try:
-            values = np.array(raw, dtype=dtype)
-        except OverflowError:  # a number beyond int64 or float64
-            pass
-        else:
-            return Column(values, np.isfinite(values))
-    values = np.full(len(raw), 0 if default is None else default, dtype=dtype)
-    valid = np.ones(len(raw), dtype=bool)
-    for at, value in enumerate(raw):
-        converted = default if value is None else convert(value)
-        if converted is None:
-            valid[at] = False
-        else:
-            values[at] = converted
+    odd = [at for at, value in enumerate(raw) if type(value) not in plain]
+    rows = raw.copy()
+    for at in odd:
+        rows[at] = 0
+    try:
+        values = np.array(rows, dtype=dtype)
+    except OverflowError:  # a number beyond int64 or float64
+        odd, values = range(len(raw)), np.zeros(len(raw), dtype=dtype)
+    valid = np.isfinite(values)
+    for at in odd:
+        converted = default if raw[at] is None else convert(raw[at])
+        valid[at] = converted is not None
+        values[at] = converted or 0
     return Column(values, valid)
 
 
