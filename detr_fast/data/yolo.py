@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from detr_fast.data.image_folder import (
     LabelledImage,
     coco_content,
     image_sizes,
+    in_threads,
     is_image,
     list_images,
     stays_inside,
@@ -69,7 +70,7 @@ class YoloFolder:
         entry = self.splits[split][0]
         if len(self.splits[split]) > 1:
             return self.path
-        return entry if entry.suffix == ".txt" else label_path(entry / "*").parent
+        return entry if entry.suffix == ".txt" else Path(label_path(entry / "*")).parent
 
     @cached_property
     def categories(self) -> dict[int, str]:
@@ -79,9 +80,9 @@ class YoloFolder:
         found = set()
         unused = DataReport("")  # the reading of each split reports
         for split in self.splits:
-            for name in self._listed(split, unused):
-                rows, _ = self._rows(label_path(self.images(split) / name), unused)
-                found.update(number for number, _ in rows)
+            names = filter(stays_inside, self._listed(split, unused))
+            for rows in self._labels(split, names, unused):
+                found.update(number for number, _ in rows or ())
         return {number: str(number) for number in sorted(found)}
 
     def read(self, split: str, report: DataReport) -> dict[str, Any]:
@@ -98,19 +99,17 @@ class YoloFolder:
             raise DatasetError(f"{self.splits[split][0]}: holds no images")
         # kept, for the check of file names to refuse; nothing outside the folder is opened
         images = [LabelledImage(name, (0, 0), []) for name in names if not stays_inside(name)]
-        labelled = 0
-        for name, size in zip(inside, image_sizes(folder, inside, report), strict=True):
-            if size is None:
-                continue
-            rows, exists = self._rows(label_path(folder / name), report)
-            labelled += exists
-            width, height = size
-            boxes = [
-                (number, [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height])
-                for number, (x, y, w, h) in rows
-            ]
-            images.append(LabelledImage(name, size, boxes))
-        if inside and not labelled:
+        sizes = image_sizes(folder, inside, report)
+        labels = self._labels(split, inside, report)
+        for name, size, rows in zip(inside, sizes, labels, strict=True):
+            if size is not None:
+                width, height = size
+                boxes = [
+                    (number, [(x - w / 2) * width, (y - h / 2) * height, w * width, h * height])
+                    for number, (x, y, w, h) in rows or ()
+                ]
+                images.append(LabelledImage(name, size, boxes))
+        if inside and all(rows is None for rows in labels):
             raise DatasetError(
                 f"{folder}: none of {len(inside)} images has a label file; the first was looked "
                 f"for at {label_path(folder / inside[0])}"
@@ -147,15 +146,21 @@ class YoloFolder:
         for line in lines:
             yield line, os.path.normpath((entry.parent if beside else self.root) / line)
 
-    def _rows(self, path: Path, report: DataReport) -> tuple[list[Row], bool]:
-        """Boxes of a label file, and whether it exists: without one the image has no objects."""
-        try:
-            text = path.read_text(encoding="utf-8-sig", errors="replace")
-        except FileNotFoundError:
-            return [], False
-        except OSError as error:
-            report.add("label files that cannot be read", [f"{path} ({error.strerror})"])
-            return [], True
+    def _labels(
+        self, split: str, names: Iterable[str], report: DataReport
+    ) -> list[list[Row] | None]:
+        """Rows of the label file of each image; None without a file."""
+        folder = self.images(split)
+        paths = [label_path(os.path.join(folder, name)) for name in names]
+        return [
+            None if text is None else self._rows(path, text, report)
+            for path, text in zip(paths, in_threads(_label_text, paths), strict=True)
+        ]
+
+    def _rows(self, path: str, text: str | OSError, report: DataReport) -> list[Row]:
+        if isinstance(text, OSError):
+            report.add("label files that cannot be read", [f"{path} ({text.strerror})"])
+            return []
         rows = []
         for at, line in enumerate(text.splitlines(), 1):
             if not line.strip():
@@ -164,16 +169,25 @@ class YoloFolder:
                 rows.append(_parse(line.split(), self.keypoints))
             except ValueError as error:
                 report.add("malformed label lines (left out)", [f"{path}:{at} ({error})"])
-        return rows, True
+        return rows
 
 
-def label_path(image: Path) -> Path:
+def _label_text(path: str) -> str | OSError | None:
+    """Content of a label file; None where there is none: the image has no objects."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return error
+
+
+def label_path(image: str | Path) -> str:
     """Label file of an image: the last folder ``images`` becomes ``labels``; else beside it."""
-    folder, name = os.path.split(os.path.abspath(image))
-    before, found, below = (folder + os.sep).rpartition(f"{os.sep}images{os.sep}")
-    if found:
-        folder = os.path.join(before + os.sep, "labels", below)
-    return Path(folder, os.path.splitext(name)[0] + ".txt")
+    stem, _ = os.path.splitext(os.path.abspath(image))
+    before, found, below = stem.rpartition(f"{os.sep}images{os.sep}")
+    return (os.path.join(before, "labels", below) if found else stem) + ".txt"
 
 
 def _parse(fields: list[str], keypoints: int) -> Row:

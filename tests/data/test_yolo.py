@@ -263,7 +263,7 @@ def test_no_image_at_all(root):
     ],
 )
 def test_where_a_label_file_lies(image, labels):
-    assert str(label_path(image)) == labels
+    assert label_path(image) == labels
 
 
 @pytest.mark.parametrize(
