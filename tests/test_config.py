@@ -3,7 +3,7 @@
 
 import pytest
 
-from detr_fast.config import UsageError, configure, parse
+from detr_fast.config import Stored, UsageError, configure, parse
 
 # flag -> default of facebookresearch/detr's main.py
 ORIGINAL = {
@@ -97,15 +97,55 @@ def test_the_command_line_wins_over_model_and_preset():
     assert config("--model detr_resnet50").backbone == "resnet50"
 
 
-def test_a_checkpoint_answers_what_the_command_line_leaves_open():
-    stored = {"backbone": "resnet101", "dataset_file": "coco", "coco_path": "there"}
-    ours = config("--resume x.pth --eval", stored)
+RUN = {"dataset_file": "coco", "coco_path": "there", "lr": 5e-4, "batch_size": 7, "image_size": 320}
+STORED = Stored(
+    {"backbone": "resnet101", "num_queries": 40}, {**RUN, "output_dir": "o", "eval": True}
+)
+
+
+def test_a_resumed_run_has_the_flags_of_before():
+    ours = config("--resume x.pth --batch_size 3 --epochs 9", STORED)
     assert (ours.backbone, ours.dataset_file, ours.coco_path) == ("resnet101", "coco", "there")
-    assert config("--resume x.pth --coco_path here", stored).coco_path == "here"
+    assert (ours.lr, ours.batch_size, ours.epochs, ours.output_dir) == (5e-4, 3, 9, "o")
+    assert not ours.eval
+    assert config("--resume x.pth --coco_path here", STORED).coco_path == "here"
+    own = "--train_images a --train_annotations b --val_images c --val_annotations d"
+    assert config(f"--resume x.pth {own}", STORED).coco_path == ""
+
+
+def test_an_evaluation_takes_model_and_data_from_the_checkpoint():
+    ours = config("--resume x.pth --eval", STORED)
+    assert (ours.backbone, ours.coco_path, ours.image_size) == ("resnet101", "there", 320)
+    assert (ours.lr, ours.batch_size, ours.output_dir) == (1e-4, 2, "")
+
+
+def test_finetuning_takes_the_architecture_alone():
+    ours = config("--finetune x.pth --coco_path here", STORED)
+    assert (ours.backbone, ours.num_queries, ours.coco_path) == ("resnet101", 40, "here")
+    assert (ours.lr, ours.batch_size, ours.output_dir) == (1e-4, 2, "")
+    assert config("--finetune x.pth --coco_path here --num_queries 50", STORED).num_queries == 50
+
+
+def test_other_data_than_those_of_the_run_mean_finetuning():
+    ours = config(
+        "--resume x.pth --coco_path here", STORED._replace(run={"dataset_file": "shapes"})
+    )
+    assert (ours.resume, ours.finetune, ours.batch_size) == ("", "x.pth", 2)
+
+
+def test_the_drop_of_the_learning_rate_may_be_a_share_of_the_epochs():
+    assert config("--epochs 30 --lr_drop 0.67").lr_drop_epoch == 20
+    assert config("--epochs 1 --lr_drop 0.1").lr_drop_epoch == 1
+    assert config("--epochs 30 --lr_drop 25").lr_drop_epoch == 25
+
+
+def test_data_path_is_another_name_of_coco_path():
+    assert config("--data_path D").coco_path == "D"
+    assert config("--data_path D").dataset_file == "coco"
 
 
 def test_evaluation_writes_only_where_it_is_told():
-    assert config("--resume x.pth --eval", {"dataset_file": "shapes"}).output_dir == ""
+    assert config("--resume x.pth --eval", Stored({}, {"dataset_file": "shapes"})).output_dir == ""
     assert config("--resume x.pth --eval --output_dir o").output_dir == "o"
 
 
@@ -125,6 +165,17 @@ def test_evaluation_writes_only_where_it_is_told():
         ("--batch 4", "unrecognized arguments: --batch 4"),
         ("--world_size 2", "runs one process"),
         ("--save_json", "--save_json needs --output_dir"),
+        ("--train_images a", "--train_images needs --train_annotations, --val_images, --val_ann"),
+        ("--coco_path a --val_images b", "--coco_path and --val_images both name the data"),
+        ("--dataset_file coco", "or --train_images, --train_annotations, --val_images, --val_ann"),
+        ("--resume a --finetune b", "give one of the two"),
+        ("--resume auto --coco_path c", "--resume auto looks into --output_dir"),
+        ("--eval --resume a --finetune b", "give one of the two"),
+        ("--ema_decay 1", "--ema_decay: expected less than 1, got 1.0"),
+        ("--seed 4294967296", r"--seed: expected less than 2\*\*32"),
+        ("--lr_drop 0", "--lr_drop: expected epochs or a share of them, got 0.0"),
+        ("--lr_drop nan", "--lr_drop: expected at least 0, got nan"),
+        ("--keep_checkpoints 0", "--keep_checkpoints: expected at least 1, got 0"),
     ],
 )
 def test_mistakes_are_named(line, message):
@@ -139,10 +190,12 @@ def test_mistakes_are_named(line, message):
     [
         ("--backbone resnet101", {"backbone": "resnet50"}),
         ("--model detr_tiny", {"backbone": "resnet50"}),
-        ("--coco_path COCO", {"dataset_file": "shapes"}),
         ("--num_queries 50", {"num_queries": 100}),
     ],
 )
 def test_contradictions_of_the_checkpoint_are_named(line, stored):
     with pytest.raises(UsageError, match=r"contradicts the checkpoint x\.pth, which has"):
-        config(f"{line} --resume x.pth", stored)
+        config(f"{line} --resume x.pth", Stored(stored, {}))
+    if "num_queries" not in stored:
+        with pytest.raises(UsageError, match=r"contradicts the checkpoint x\.pth, which has"):
+            config(f"{line} --finetune x.pth", Stored(stored, {}))

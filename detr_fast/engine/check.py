@@ -4,7 +4,7 @@
 from detr_fast.config import Config, UsageError
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.validate import DataReport, check_images
-from detr_fast.engine.datasets import build_datasets
+from detr_fast.engine.datasets import read_datasets
 from detr_fast.engine.log import MetricLogger, say
 
 
@@ -15,18 +15,17 @@ def check_data(config: Config) -> int:
         int: exit code: 0 if nothing is wrong, else 2.
 
     Raises:
-        DatasetError: if there are no usable data, or anything is wrong under ``--strict_data``.
+        DatasetError: if there are no usable data.
+        UsageError: if the data are generated.
     """
     if config.dataset_file == "shapes":
         raise UsageError("--check_data: generated images have nothing to check: name your data")
     splits = ("val",) if config.eval else ("train", "val")
-    datasets = build_datasets(config, splits)
     wrong = 0
-    for split, dataset in zip(splits, datasets, strict=True):
-        report = _check_images(split, dataset)
-        for line in report.lines():
-            say(f"warning: {line}")
-        wrong += len(dataset.report) + len(report)
+    datasets = read_datasets(config, splits)
+    for split, (dataset, of_annotations) in zip(splits, datasets, strict=True):
+        of_images = _check_images(split, dataset)
+        wrong += len(of_annotations) + len(of_images)
         _say_classes(split, dataset)
     say(f"{wrong} problems found" if wrong else "nothing wrong found")
     return 2 if wrong else 0
@@ -35,8 +34,10 @@ def check_data(config: Config) -> int:
 def _check_images(split: str, dataset: CocoDetection) -> DataReport:
     report = DataReport(str(dataset.image_folder))
     checked = check_images(dataset, report)
-    for _ in MetricLogger().log_every(checked, 1000, f"Images ({split}):"):
-        pass
+    for _ in MetricLogger().log_every(range(len(dataset)), 1000, f"Images ({split}):"):
+        next(checked)
+    for line in report.lines():
+        say(f"warning: {line}")
     return report
 
 

@@ -24,24 +24,43 @@ SHOWN = 10  # classes named in the line that counts them
 def build_datasets(
     config: Config, splits: tuple[str, ...], checkpoint: dict[str, Any] | None = None
 ) -> list[Dataset]:
-    """The data sets of ``--dataset_file``, all with one map from classes to labels.
+    """The data sets of a run, what is wrong with them said in a line per kind.
 
-    What is wrong with them is said, a line per kind.
+    Args and errors are those of :func:`read_datasets`; under ``--strict_data`` a DatasetError, too,
+    if anything is wrong.
+    """
+    datasets = read_datasets(config, splits, checkpoint)
+    wrong = sum(len(report) for _, report in datasets)
+    if wrong and config.strict_data:
+        raise DatasetError(
+            f"{wrong} problems in the data, said above: mend them, or leave --strict_data out"
+        )
+    return [dataset for dataset, _ in datasets]
+
+
+def read_datasets(
+    config: Config, splits: tuple[str, ...], checkpoint: dict[str, Any] | None = None
+) -> list[tuple[Dataset, DataReport]]:
+    """The data sets of ``--dataset_file``, all with one map from classes to labels.
 
     Args:
         config (Config): the flags.
         splits (tuple[str, ...]): of ``"train"`` (augmented) and ``"val"``.
         checkpoint (dict, optional): to be evaluated: its labels are taken, not those of the data.
 
+    Returns:
+        list[tuple[Dataset, DataReport]]: per split the data and what is wrong with them, which has
+        been said.
+
     Raises:
-        DatasetError: if there are no usable data, or anything is wrong under ``--strict_data``.
+        DatasetError: if there are no usable data.
         UsageError: if the checkpoint does not know the classes of the data.
     """
     if config.dataset_file == "shapes":
         shapes = [ShapesDetection(split, augment=split == "train") for split in splits]
         if checkpoint is not None:
             labels_of_checkpoint(config, checkpoint, ShapesDetection.class_names)
-        return shapes
+        return [(dataset, DataReport("shapes")) for dataset in shapes]
     sources = _sources(config, splits)
     reports = {split: DataReport(str(source.annotations)) for split, source in sources.items()}
     tables = {split: _read(source, reports[split]) for split, source in sources.items()}
@@ -66,12 +85,7 @@ def build_datasets(
     ]
     for split, dataset in zip(splits, datasets, strict=True):
         _describe(split, dataset, reports[split])
-    wrong = sum(map(len, reports.values()))
-    if wrong and config.strict_data:
-        raise DatasetError(
-            f"{wrong} problems in the data, said above: mend them, or leave --strict_data out"
-        )
-    return datasets
+    return [(dataset, reports[split]) for split, dataset in zip(splits, datasets, strict=True)]
 
 
 def _sources(config: Config, splits: tuple[str, ...]) -> dict[str, Source]:
@@ -112,6 +126,14 @@ def _describe(split: str, dataset: CocoDetection, report: DataReport) -> None:
             "'annotations' is not empty, that its image_id are ids of 'images', and that boxes are "
             "[x, y, width, height] in pixels"
         )
+
+
+def say_unusable_images(*datasets: Dataset) -> None:
+    """Sum up which images could not be used when they were opened."""
+    for dataset in datasets:
+        if isinstance(dataset, CocoDetection):
+            for line in dataset.unusable_report().lines():
+                say(f"warning: {line}")
 
 
 def labels_of_checkpoint(

@@ -19,7 +19,7 @@ from detr_fast.engine.build import (
     build_model,
     evaluated_weights,
 )
-from detr_fast.engine.datasets import build_datasets
+from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
 from detr_fast.models.checkpoint import load_weights, write_checkpoint
@@ -176,6 +176,7 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         evaluator=config.evaluator,
         print_freq=config.print_freq,
     )
+    say_unusable_images(dataset)
     if config.per_class:
         say("\n".join(per_class_lines(evaluation.result)))
     if config.output_dir:

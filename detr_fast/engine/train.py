@@ -23,7 +23,7 @@ from detr_fast.engine.build import (
     build_model,
     load_starting_weights,
 )
-from detr_fast.engine.datasets import build_datasets
+from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.diagnose import why_no_ap
 from detr_fast.engine.evaluate import (
     TrainingDivergedError,
@@ -233,9 +233,6 @@ class Run:
             evaluator=config.evaluator,
             print_freq=config.print_freq,
         )
-        for dataset in (self.train_set, self.val_set):
-            for line in dataset.unusable_lines():
-                say(f"warning: {line}")
         ap = evaluation.result.stats[0]
         copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop_epoch) else []
         best = self.progress.best_ap
@@ -289,6 +286,7 @@ class Run:
                 log = self.train_epoch()
                 if log is not None:
                     self.finish_epoch(log)
+        say_unusable_images(self.train_set, self.val_set)
         say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
         path = self.output.path
         if path:
