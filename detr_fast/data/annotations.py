@@ -35,8 +35,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise DatasetError(f"{path}: no valid JSON ({error}); is the copy complete?") from error
     if not isinstance(content, dict):
         raise DatasetError(
-            f"{path}: holds a JSON {type(content).__name__} where an object is expected "
-            '({"images": ..., "annotations": ..., "categories": ...})'
+            f"{path}: holds no JSON object; expected "
+            '{"images": [...], "annotations": [...], "categories": [...]}'
         )
     return content
 

@@ -1,0 +1,570 @@
+# SPDX-License-Identifier: Apache-2.0
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from detr_fast.data.annotations import CocoAnnotations, DatasetError, read_json
+from detr_fast.data.coco_format import leaves_folder
+from detr_fast.data.labels import COCO_CATEGORIES
+from detr_fast.data.validate import DataReport
+
+CONTENT = {
+    "images": [
+        {"id": 2, "file_name": "two.png", "height": 10, "width": 20},
+        {"id": 5, "file_name": "five.png", "height": 30, "width": 30},
+        {"id": 7, "file_name": "seven.png"},
+    ],
+    "categories": [{"id": 0, "name": "cat"}, {"id": 9, "name": "dog"}],
+    "annotations": [
+        {"id": 21, "image_id": 5, "category_id": 0, "bbox": [1, 2, 3, 4]},
+        {"id": 22, "image_id": 2, "category_id": 9, "bbox": [0, 0, 20, 10], "area": 150},
+        {"id": 23, "image_id": 7, "category_id": 9, "bbox": [500, 0, 2, 2], "iscrowd": 1},
+        {"id": 24, "image_id": 2, "category_id": 0, "bbox": [5, 5, 5, 5]},
+    ],
+}
+BOXES = {a["id"]: a["bbox"] for a in CONTENT["annotations"]}
+NAN, HUGE = float("nan"), 10**400
+
+
+def read(edit):
+    content = copy.deepcopy(CONTENT)
+    edit(content)
+    report = DataReport("boxes.json")
+    return CocoAnnotations.from_dict(content, "boxes.json", report), report
+
+
+def image(at, **values):
+    return lambda c: c["images"][at].update(values)
+
+
+def box(at, **values):
+    return lambda c: c["annotations"][at].update(values)
+
+
+def category(at, **values):
+    return lambda c: c["categories"][at].update(values)
+
+
+def more(key, **values):
+    return lambda c: c[key].append(values)
+
+
+def kept_ids(annotations):
+    """Ids in CONTENT of the annotations that are left, told by their boxes."""
+    boxes = annotations.boxes.tolist()
+    return sorted(i for i, written in BOXES.items() if written in boxes)
+
+
+def test_clean_content_has_nothing_to_report():
+    annotations, report = read(lambda c: None)
+    assert report.lines() == []
+    assert annotations.notes == ()
+    assert annotations.image_ids.tolist() == [2, 5, 7]
+    assert annotations.sizes.tolist() == [[10, 20], [30, 30], [0, 0]]
+    assert annotations.starts.tolist() == [0, 2, 3, 4]
+    assert annotations.boxes.tolist() == [BOXES[i] for i in (22, 24, 21, 23)]
+    assert annotations.labels.tolist() == [9, 0, 0, 9]
+    assert annotations.areas.tolist() == [150, 25, 12, 4]
+    assert annotations.crowds.tolist() == [0, 0, 0, 1]
+    assert annotations.box_counts() == {0: 2, 9: 1}
+    assert annotations.source == "boxes.json"
+
+
+@pytest.mark.parametrize(
+    ("edit", "kept", "line"),
+    [
+        *(
+            (
+                box(0, bbox=bbox),
+                [22, 23, 24],
+                "1 annotations without 4 finite numbers as 'bbox' (left out): "
+                "annotation 21 (image 5)",
+            )
+            for bbox in (
+                None,
+                [1, 2, 3],
+                [1, 2, 3, NAN],
+                [1, 2, 3, float("inf")],
+                [1, 2, 3, HUGE],
+                [1, 2, 3, 3e9],
+                [1, 2, 3, "4"],
+                [1, 2, 3, True],
+                [[1, 2, 3, 4]],
+                "1234",
+                {"x": 1, "y": 2, "w": 3, "h": 4},
+                7,
+            )
+        ),
+        *(
+            (
+                box(0, bbox=bbox),
+                [22, 23, 24],
+                "1 boxes whose width or height is not above 0 (left out): annotation 21 (image 5)",
+            )
+            for bbox in ([1, 2, 0, 4], [1, 2, 3, 0], [1, 2, -3, 4])
+        ),
+        *(
+            (
+                box(0, bbox=bbox),
+                [22, 23, 24],
+                "1 boxes outside of their image (left out): annotation 21 (image 5)",
+            )
+            for bbox in ([30, 2, 3, 4], [1, 30, 3, 4], [-3, 2, 3, 4], [1, -9, 3, 4])
+        ),
+        (
+            box(0, category_id=4),
+            [22, 23, 24],
+            "1 annotations of categories that are not listed (left out): annotation 21 (image 5)",
+        ),
+        (
+            box(0, image_id=6),
+            [22, 23, 24],
+            "1 annotations of images that are not listed (left out): annotation 21 (image 6)",
+        ),
+        *(
+            (
+                box(0, image_id=image_id),
+                [22, 23, 24],
+                "1 annotations without a number as 'image_id' (left out): annotation 21",
+            )
+            for image_id in (None, "5", 5.5, True, [5], 2**63, HUGE, NAN, float("inf"))
+        ),
+        *(
+            (
+                box(0, category_id=category_id),
+                [22, 23, 24],
+                "1 annotations without a number as 'category_id' (left out): "
+                "annotation 21 (image 5)",
+            )
+            for category_id in (None, "0", 0.5, False, {}, -HUGE)
+        ),
+        (
+            lambda c: c["annotations"].insert(0, "box"),
+            [21, 22, 23, 24],
+            "1 annotations without a number as 'image_id' (left out): annotations[0]",
+        ),
+        (
+            lambda c: c["annotations"].append(dict(c["annotations"][0])),
+            [21, 22, 23, 24],
+            "1 annotations that are listed again (left out): annotation 21 (image 5)",
+        ),
+    ],
+)
+def test_annotation_that_is_left_out(edit, kept, line):
+    annotations, report = read(edit)
+    assert report.lines() == [f"boxes.json: {line}"]
+    assert kept_ids(annotations) == kept
+    assert len(annotations.boxes) == len(kept)
+    assert annotations.image_ids.tolist() == [2, 5, 7]
+
+
+@pytest.mark.parametrize(
+    ("edit", "column", "value", "line"),
+    [
+        *(
+            (
+                box(0, iscrowd=iscrowd),
+                "crowds",
+                0,
+                "1 annotations with a malformed 'iscrowd' (0 is taken): annotation 21 (image 5)",
+            )
+            for iscrowd in (2, -1, "yes", 0.5, NAN, [], HUGE)
+        ),
+        *(
+            (
+                box(0, area=area),
+                "areas",
+                12,
+                "1 annotations with a malformed 'area' (width * height is taken): "
+                "annotation 21 (image 5)",
+            )
+            for area in (-1, "big", NAN, float("inf"), HUGE, True, [])
+        ),
+        *((box(0, iscrowd=iscrowd), "crowds", 1, None) for iscrowd in (1, 1.0, True)),
+        *((box(0, iscrowd=iscrowd), "crowds", 0, None) for iscrowd in (None, 0, False)),
+        (box(0, area=None), "areas", 12, None),
+        (box(0, area=0), "areas", 0, None),
+        (box(0, image_id=5.0, category_id=0.0), "labels", 0, None),
+        (
+            box(0, bbox=[-1, -1, 32, 32]),  # a pixel beyond each side
+            "labels",
+            0,
+            None,
+        ),
+        *(
+            (
+                box(0, bbox=bbox),
+                "labels",
+                0,
+                "1 boxes that reach over the edge of their image by more than a pixel (clipped): "
+                "annotation 21 (image 5)",
+            )
+            for bbox in ([-1.1, 0, 9, 9], [0, -1.1, 9, 9], [0, 0, 31.1, 9], [0, 0, 9, 31.1])
+        ),
+        (
+            box(0, id=22),
+            "labels",
+            0,
+            "1 annotations with the id of another one (kept): annotation 22 (image 2)",
+        ),
+        *((box(0, id=i), "labels", 0, None) for i in (None, "21", [], HUGE)),
+    ],
+)
+def test_annotation_that_is_kept(edit, column, value, line):
+    annotations, report = read(edit)
+    assert report.lines() == ([f"boxes.json: {line}"] if line else [])
+    assert len(annotations.boxes) == 4
+    row = annotations.starts[1]
+    assert getattr(annotations, column)[row] == value
+    written = copy.deepcopy(CONTENT)
+    edit(written)
+    assert annotations.boxes[row].tolist() == written["annotations"][0]["bbox"]  # not clipped
+
+
+def test_boxes_of_an_image_of_unknown_size_cannot_be_outside():
+    annotations, report = read(image(1, height=None))
+    assert report.lines() == []
+    annotations, report = read(
+        lambda c: (image(1, width="x")(c), box(0, bbox=[900, 0, 9, 9])(c)),
+    )
+    assert report.lines() == [
+        "boxes.json: 1 images with a malformed 'width' (taken as unknown): image 5 (five.png)"
+    ]
+    assert annotations.sizes[1].tolist() == [30, 0]
+    assert len(annotations.boxes) == 4
+
+
+@pytest.mark.parametrize("value", [-4, 10.5, "10", True, [], HUGE])
+def test_malformed_sizes_are_unknown(value):
+    annotations, report = read(image(0, height=value))
+    assert report.lines() == [
+        "boxes.json: 1 images with a malformed 'height' (taken as unknown): image 2 (two.png)"
+    ]
+    assert annotations.sizes[0].tolist() == [0, 20]
+
+
+LOST = "boxes.json: 1 annotations of images that are left out (left out): annotation 21 (image 5)"
+
+
+@pytest.mark.parametrize(
+    ("edit", "line"),
+    [
+        *(
+            (
+                image(1, file_name=name),
+                "1 images without a 'file_name' (left out): image 5",
+            )
+            for name in (None, "", 5, ["five.png"], {})
+        ),
+        *(
+            (
+                image(1, file_name=name),
+                "1 images whose 'file_name' leaves the image folder (left out): image 5 ",
+            )
+            for name in ("/etc/five.png", "../five.png", "a/../../five.png", "C:\\five.png", "x\0")
+        ),
+        (
+            image(1, file_name="x" * 1025),
+            "1 images without a 'file_name' (left out): image 5 (xxx",
+        ),
+    ],
+)
+def test_image_that_is_left_out(edit, line):
+    annotations, report = read(edit)
+    assert len(report.lines()) == 2
+    assert report.lines()[0].startswith(f"boxes.json: {line}")
+    assert report.lines()[1] == LOST
+    assert annotations.image_ids.tolist() == [2, 7]
+    assert kept_ids(annotations) == [22, 23, 24]
+
+
+@pytest.mark.parametrize("image_id", [None, "5", 5.5, True, HUGE, [], {}])
+def test_image_without_an_id_is_left_out(image_id):
+    annotations, report = read(image(1, id=image_id))
+    assert report.lines() == [
+        "boxes.json: 1 images without a number as 'id' (left out): images[1] (five.png)",
+        "boxes.json: 1 annotations of images that are not listed (left out): "
+        "annotation 21 (image 5)",
+    ]
+    assert annotations.file_names.tolist() == ["two.png", "seven.png"]
+
+
+def test_entry_that_is_no_image():
+    annotations, report = read(lambda c: c["images"].append(["two.png"]))
+    assert report.lines() == ["boxes.json: 1 images without a number as 'id' (left out): images[3]"]
+    assert len(annotations.image_ids) == 3
+
+
+def test_image_that_is_listed_again():
+    annotations, report = read(more("images", id=5, file_name="five.png", height=1, width=1))
+    assert report.lines() == [
+        "boxes.json: 1 images that are listed again (left out): image 5 (five.png)"
+    ]
+    assert annotations.sizes.tolist() == [[10, 20], [30, 30], [0, 0]]  # the first one's
+    assert kept_ids(annotations) == [21, 22, 23, 24]
+
+
+def test_images_of_one_id_that_name_different_files():
+    annotations, report = read(more("images", id=5, file_name="other.png"))
+    assert report.lines() == [
+        "boxes.json: 2 images of one id that name different files (left out): "
+        "image 5 (five.png), image 5 (other.png)",
+        LOST,
+    ]
+    assert annotations.image_ids.tolist() == [2, 7]
+    assert kept_ids(annotations) == [22, 23, 24]
+
+
+@pytest.mark.parametrize(
+    ("name", "leaves"),
+    [
+        ("a.png", False),
+        ("a/b/c.png", False),
+        ("a/../b.png", False),
+        ("a..b/..c.png", False),
+        ("./a.png", False),
+        ("a:b.png", True),
+        ("ab:c.png", False),
+        ("..", True),
+        ("a/../..", True),
+        ("./../a.png", True),
+        ("a//../../b.png", True),
+        ("..\\a.png", True),
+        ("a\\..\\..\\b.png", True),
+        ("a\\b/../../c.png", True),  # where a backslash is part of a name, this climbs
+        ("\\\\host\\a.png", True),
+        ("/a.png", True),
+        ("a\0.png", True),
+    ],
+)
+def test_names_that_leave_the_folder(name, leaves):
+    assert leaves_folder(name) == leaves
+
+
+def test_categories_that_are_listed_again():
+    annotations, report = read(more("categories", id=9, name="dog"))
+    assert report.lines() == [
+        "boxes.json: 1 categories that are listed again (left out): category 9"
+    ]
+    assert annotations.class_names == {0: "cat", 9: "dog"}
+
+
+@pytest.mark.parametrize("name", [None, "", "  ", 5, ["dog"], HUGE])
+def test_category_without_a_name_is_called_by_its_id(name):
+    annotations, report = read(category(1, name=name))
+    assert report.lines() == []
+    assert annotations.class_names == {0: "cat", 9: "9"}
+
+
+def test_category_names_become_printable():
+    annotations, _ = read(category(1, name="\x1b[31mdög\n\ud800"))
+    assert annotations.class_names[9] == "\\x1b[31mdög\\n\\ud800"
+
+
+@pytest.mark.parametrize("with_report", [True, False])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(categories=[]), "'categories' must list at least one class"),
+        (more("categories", id=9, name="cow"), "category id 9 .*, as 'dog' and 'cow'; give each"),
+        (more("categories", name="cow"), "must list ids of 0 or more, found {'name': 'cow'}"),
+        (category(0, id=-1), "'categories' must list ids of 0 or more"),
+        (category(0, id="0"), "'categories' must list ids of 0 or more"),
+        (lambda c: c["categories"].append(3), "'categories' must list ids of 0 or more, found 3"),
+        (lambda c: c.pop("images"), "no list 'images'; expected a COCO instances file"),
+        (lambda c: c.update(annotations=None), "no list 'annotations'"),
+        (lambda c: c.update(categories={"1": "cat"}), "no list 'categories'"),
+    ],
+)
+def test_what_makes_a_data_set_useless(edit, message, with_report):
+    content = copy.deepcopy(CONTENT)
+    edit(content)
+    report = DataReport("boxes.json") if with_report else None
+    with pytest.raises(DatasetError, match=f"^boxes.json: .*{message}"):
+        CocoAnnotations.from_dict(content, "boxes.json", report)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (image(1, file_name="../five.png"), "image id 5: 'file_name' '../five.png' leaves the"),
+        (image(1, file_name=5), r"images\[1\] needs 'file_name' \(a text of at most 1024"),
+        (image(1, height="x"), r"images\[1\] needs 'height' \(a number of pixels\)"),
+        (box(1, area="x"), r"annotations\[1\] needs 'area' \(a number of 0 or more\)"),
+        (box(1, category_id=HUGE), r"annotations\[1\] needs 'category_id' \(a number\)"),
+        (box(1, bbox=[1, 2, 3, 10**5000]), r"annotations\[1\] needs 'bbox' .*, found a large dict"),
+        (more("categories", id=9, name="dog"), "category id 9 is listed more than once"),
+    ],
+)
+def test_first_fault_is_an_error_without_a_report(edit, message):
+    content = copy.deepcopy(CONTENT)
+    edit(content)
+    with pytest.raises(DatasetError, match=f"^boxes.json: {message}"):
+        CocoAnnotations.from_dict(content, "boxes.json")
+
+
+def test_boxes_are_kept_as_written_without_a_report():
+    content = copy.deepcopy(CONTENT)
+    content["annotations"] += [
+        {"image_id": 5, "category_id": 0, "bbox": bbox, "id": 21}
+        for bbox in ([0, 0, -2, -3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4])
+    ]
+    annotations = CocoAnnotations.from_dict(content)
+    assert annotations.boxes[2:7].tolist() == [
+        [1, 2, 3, 4], [0, 0, -2, -3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4],
+    ]  # fmt: skip
+    assert annotations.box_counts() == {0: 5, 9: 1}  # -2 x -3 is none to learn from
+    assert CocoAnnotations.from_dict(annotations.to_dict()).boxes.tolist() == (
+        annotations.boxes.tolist()
+    )
+
+
+def roboflow(group="animals", **dummy):
+    def edit(content):
+        content["categories"][0]["supercategory"] = content["categories"][1]["supercategory"] = (
+            group
+        )
+        content["categories"].insert(
+            0, {"id": 3, "name": "animals", "supercategory": "none"} | dummy
+        )
+
+    return edit
+
+
+def test_category_that_only_groups_others_is_no_class():
+    annotations, report = read(roboflow())
+    assert annotations.class_names == {0: "cat", 9: "dog"}
+    assert report.lines() == []
+    assert annotations.notes == (
+        "boxes.json: category 3 'animals' is no class: it has no annotation and is the "
+        "supercategory of ['cat', 'dog']",
+    )
+    assert len(annotations.boxes) == 4
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        roboflow("none"),  # nobody's supercategory
+        roboflow(supercategory="cat"),  # a class of its own kind in a hierarchy
+        lambda c: (roboflow()(c), box(0, category_id=3)(c)),  # it has a box
+    ],
+)
+def test_category_that_may_be_a_class_is_kept(edit):
+    annotations, report = read(edit)
+    assert set(annotations.class_names) == {0, 3, 9}
+    assert annotations.notes == ()
+    assert report.lines() == []
+
+
+def test_category_that_is_its_own_supercategory_is_a_class():
+    content = copy.deepcopy(CONTENT)
+    content["annotations"] = []
+    content["categories"] = [{"id": 1, "name": "person", "supercategory": "person"}]
+    assert CocoAnnotations.from_dict(content).class_names == {1: "person"}
+    content["categories"] = [
+        {"id": 1, "name": "a", "supercategory": "b"},
+        {"id": 2, "name": "b", "supercategory": "a"},
+    ]
+    assert CocoAnnotations.from_dict(content).class_names == {1: "a", 2: "b"}
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_official_files_are_without_fault(test_data, split):
+    path = test_data / f"coco125/annotations/instances_{split}2017.json"
+    content = read_json(path)
+    content["annotations"] = content["annotations"][:1]
+    report = DataReport(str(path))
+    annotations = CocoAnnotations.from_dict(content, str(path), report)
+    assert annotations.class_names == COCO_CATEGORIES
+    assert (annotations.notes, report.lines()) == ((), [])
+
+
+def test_faults_of_one_kind_are_counted_and_the_first_named():
+    def edit(content):
+        for i in range(31, 36):
+            more("annotations", id=i, image_id=5, category_id=0, bbox=[0, 0, 0, 0])(content)
+
+    annotations, report = read(edit)
+    assert report.lines() == [
+        "boxes.json: 5 boxes whose width or height is not above 0 (left out): annotation 31 "
+        "(image 5), annotation 32 (image 5), annotation 33 (image 5), ..."
+    ]
+    assert len(annotations.boxes) == 4
+
+
+def test_an_annotation_is_counted_once():
+    _, report = read(box(0, bbox=[99, 99, 0, 0], category_id=4, image_id="x", area=-1))
+    assert len(report) == 1
+
+
+def test_a_single_odd_value_changes_no_other_value():
+    """Others are converted as if it were not there."""
+    rng = np.random.default_rng(0)
+    boxes = rng.uniform(0, 4, (50, 4)).tolist()
+    content = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "categories": [{"id": 1}],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 1, "bbox": b} for i, b in enumerate(boxes)
+        ],
+    }
+    for odd in (None, HUGE, [None] * 4, [HUGE, 1, 1, 1]):
+        content["annotations"][20]["bbox"] = odd
+        annotations = CocoAnnotations.from_dict(content, report=DataReport("x"))
+        assert annotations.boxes.tolist() == boxes[:20] + boxes[21:]
+
+
+def test_keep_images():
+    annotations, _ = read(lambda c: None)
+    some = annotations.keep_images(np.array([True, False, True]))
+    assert some.image_ids.tolist() == [2, 7]
+    assert some.file_names.tolist() == ["two.png", "seven.png"]
+    assert some.starts.tolist() == [0, 2, 3]
+    assert kept_ids(some) == [22, 23, 24]
+    assert some.owners.tolist() == [2, 2, 7]
+    assert some.class_names == annotations.class_names
+
+
+def test_keep_categories():
+    annotations, _ = read(lambda c: None)
+    some = annotations.keep_categories([0])
+    assert some.image_ids.tolist() == [2, 5, 7]
+    assert some.starts.tolist() == [0, 1, 2, 2]
+    assert kept_ids(some) == [21, 24]
+    assert some.class_names == {0: "cat"}
+    assert some.labels.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"", "is empty; write or copy it again"),
+        (b" \n", "is empty"),
+        (b'{"images": [', "no valid JSON .*is the copy complete"),
+        (b'{"a": 1} {"a": 1}', "no valid JSON"),
+        (b"[1, 2]", "holds no JSON object; expected"),
+        (b"null", "holds no JSON object"),
+        (b"\xff\xfe{}", "no valid JSON"),
+        (b"[" * 200_000, "no valid JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "no valid JSON"),
+    ],
+)
+def test_json_that_cannot_be_read(tmp_path, text, message):
+    path = tmp_path / "boxes.json"
+    path.write_bytes(text)
+    with pytest.raises(DatasetError, match=f"boxes.json: {message}") as caught:
+        read_json(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_json_that_can_be_read(tmp_path):
+    path = tmp_path / "boxes.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "ö"}).encode())  # with a byte-order mark
+    assert read_json(path) == {"a": "ö"}
+    with pytest.raises(DatasetError, match=r"none\.json: cannot be read \(No such file"):
+        read_json(tmp_path / "none.json")
+    with pytest.raises(DatasetError, match=r"cannot be read \(Is a directory"):
+        read_json(tmp_path)
