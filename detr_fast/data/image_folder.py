@@ -17,6 +17,7 @@ IMAGE_SUFFIXES = frozenset(
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation")}
 READERS = 16  # threads that wait for the disk or the network
 PER_TASK = 64  # files
+QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 Read = TypeVar("Read")
 
@@ -50,11 +51,6 @@ def list_images(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def stays_inside(name: str) -> bool:
-    """Whether a relative file name stays in its folder (links are not followed)."""
-    return not os.path.isabs(name) and ".." not in PurePath(name).parts
-
-
 def in_threads(read: Callable[[str], Read], names: Iterable[str]) -> list[Read]:
     """What ``read`` returns for each name: many files are read faster at the same time."""
     names = list(names)
@@ -70,13 +66,14 @@ def image_sizes(
 ) -> list[tuple[int, int] | None]:
     """Width and height in pixels from the headers of image files, without decoding them.
 
+    Those of a photo that its camera took turned by 90 degrees are given as it is seen upright.
     None, and an entry in the report, where a file is missing or no image.
 
     Raises:
         ImportError: without pillow.
     """
     try:
-        from PIL import Image
+        from PIL import ExifTags, Image
     except ImportError as error:
         raise ImportError('reading images needs pillow: pip install "detr-fast[train]"') from error
 
@@ -84,10 +81,13 @@ def image_sizes(
         path = os.path.join(folder, name)
         try:
             with Image.open(path) as image:
-                return image.size
+                # of the formats of cameras alone: a PNG would be decoded in search of the tag
+                camera = image.format in ("JPEG", "MPO")
+                tag = image.getexif().get(ExifTags.Base.Orientation) if camera else None
+                return image.size[::-1] if tag in QUARTER_TURNS else image.size
         except FileNotFoundError:
             return f"{path} (no such file)"
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders raise errors of many classes over broken files
             return f"{path} ({type(error).__name__})"
 
     found = in_threads(read, names)

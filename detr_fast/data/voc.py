@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from xml.etree.ElementTree import Element, ParseError
 
 from detr_fast.data.annotations import DatasetError
+from detr_fast.data.coco_format import leaves_folder
 from detr_fast.data.image_folder import (
     SPLIT_FOLDERS,
     LabelledImage,
@@ -20,7 +21,6 @@ from detr_fast.data.image_folder import (
     image_sizes,
     is_image,
     list_images,
-    stays_inside,
 )
 from detr_fast.data.validate import DataReport
 
@@ -175,7 +175,7 @@ class VocFolder:
                 continue
             if name in found:
                 problems.append(("images listed twice (taken once)", f"{path}:{at}"))
-            elif not stays_inside(name):
+            elif leaves_folder(name):
                 problems.append(("names that leave the folder (left out)", f"{path}:{at}"))
             elif not file.is_file():
                 problems.append(("images without an XML file (left out)", f"{path}:{at} ({file})"))
@@ -187,7 +187,7 @@ class VocFolder:
         self, split: str, annotations: list[_Annotation], report: DataReport
     ) -> list[tuple[_Annotation, tuple[int, int]]]:
         """Annotations with the size of their image, from its header where the XML gives none."""
-        unsized = [a.image for a in annotations if min(a.size) < 1 and stays_inside(a.image)]
+        unsized = [a.image for a in annotations if min(a.size) < 1 and not leaves_folder(a.image)]
         sizes = dict(zip(unsized, image_sizes(self.images(split), unsized, report), strict=True))
         found = [(a, sizes.get(a.image, a.size)) for a in annotations]
         return [(annotation, size) for annotation, size in found if size is not None]

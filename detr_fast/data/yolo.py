@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_fast.data.annotations import DatasetError
+from detr_fast.data.coco_format import leaves_folder
 from detr_fast.data.image_folder import (
     SPLIT_FOLDERS,
     LabelledImage,
@@ -20,12 +21,12 @@ from detr_fast.data.image_folder import (
     in_threads,
     is_image,
     list_images,
-    stays_inside,
 )
 from detr_fast.data.validate import DataReport
 
 YAML_SUFFIXES = (".yaml", ".yml")
 NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "labels/train/classes.txt")
+MOST_CLASSES = 100_000  # a larger number is a mistake: large vocabularies have some 20,000
 
 Row = tuple[int, list[float]]  # class and box: centre, width, height as shares of the image
 
@@ -80,7 +81,7 @@ class YoloFolder:
         found = set()
         unused = DataReport("")  # the reading of each split reports
         for split in self.splits:
-            names = filter(stays_inside, self._listed(split, unused))
+            names = [n for n in self._listed(split, unused) if not leaves_folder(n)]
             for rows in self._labels(split, names, unused):
                 found.update(number for number, _ in rows or ())
         return {number: str(number) for number in sorted(found)}
@@ -94,11 +95,11 @@ class YoloFolder:
         """
         folder = self.images(split)
         names = self._listed(split, report)
-        inside = [name for name in names if stays_inside(name)]
+        inside = [name for name in names if not leaves_folder(name)]
         if not names:
             raise DatasetError(f"{self.splits[split][0]}: holds no images")
         # kept, for the check of file names to refuse; nothing outside the folder is opened
-        images = [LabelledImage(name, (0, 0), []) for name in names if not stays_inside(name)]
+        images = [LabelledImage(name, (0, 0), []) for name in names if leaves_folder(name)]
         sizes = image_sizes(folder, inside, report)
         labels = self._labels(split, inside, report)
         for name, size, rows in zip(inside, sizes, labels, strict=True):
@@ -124,7 +125,7 @@ class YoloFolder:
         for entry in self.splits[split]:
             for written, path in self._entries(entry, report):
                 name = os.path.relpath(path, folder)
-                name = Path(name).as_posix() if stays_inside(name) else written
+                name = written if leaves_folder(name) else Path(name).as_posix()
                 if name in names:
                     repeated.append(f"{entry}: {written}")
                 names[name] = None
@@ -166,9 +167,15 @@ class YoloFolder:
             if not line.strip():
                 continue
             try:
-                rows.append(_parse(line.split(), self.keypoints))
+                number, box = _parse(line.split(), self.keypoints)
             except ValueError as error:
                 report.add("malformed label lines (left out)", [f"{path}:{at} ({error})"])
+                continue
+            if self.names and number not in self.names:
+                kind = f"label lines of classes that {self.names_from} does not list (left out)"
+                report.add(kind, [f"{path}:{at} (class {number})"])
+            else:
+                rows.append((number, box))
         return rows
 
 
@@ -197,8 +204,8 @@ def _parse(fields: list[str], keypoints: int) -> Row:
         raise ValueError("not numbers") from None
     if not all(map(math.isfinite, numbers)):
         raise ValueError("not finite")
-    if not numbers[0].is_integer():
-        raise ValueError(f"class {fields[0]} is no whole number")
+    if not (numbers[0].is_integer() and 0 <= numbers[0] < MOST_CLASSES):
+        raise ValueError(f"class {fields[0]} is no class number")
     number, *values = numbers
     if len(values) == 4 + keypoints:
         return int(number), values[:4]
@@ -307,20 +314,20 @@ def _describes_data(content: Any) -> bool:
 def _names(file: Path, content: dict[Any, Any]) -> dict[int, str]:
     names, count = content.get("names"), content.get("nc")
     if names is None:
-        if type(count) is not int or not 0 < count < 100_000:
+        if type(count) is not int or not 0 < count <= MOST_CLASSES:
             raise DatasetError(f"{file}: 'nc' must be the number of classes, found {count!r:.80}")
         return {number: str(number) for number in range(count)}
     found = dict(enumerate(names)) if isinstance(names, list) else names
-    plain = (str, int, float)
-    if (
-        not isinstance(found, dict)
-        or not found
-        or not all(type(key) is int and isinstance(name, plain) for key, name in found.items())
-    ):
+    if not isinstance(found, dict) or not found or not all(map(_is_class, found.items())):
         raise DatasetError(f"{file}: 'names' must list the class names, found {names!r:.80}")
     if count is not None and count != len(found):
         raise DatasetError(f"{file}: 'nc' is {count!r:.80}, but 'names' lists {len(found)}")
     return {key: str(found[key]) for key in sorted(found)}
+
+
+def _is_class(entry: tuple[Any, Any]) -> bool:
+    key, name = entry
+    return type(key) is int and 0 <= key < MOST_CLASSES and isinstance(name, str | int | float)
 
 
 def _load(file: Path) -> Any:

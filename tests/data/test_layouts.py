@@ -4,9 +4,12 @@ import pickle
 import re
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
-from detr_fast.data.annotations import DatasetError
+from detr_fast.data.annotations import CocoAnnotations, DatasetError
+from detr_fast.data.coco import CocoDetection
 from detr_fast.data.layouts import find_layout
 from detr_fast.data.validate import DataReport
 from tests.data import layout_writers as writers
@@ -220,3 +223,70 @@ def test_a_path_that_is_no_folder_is_named(tmp_path):
     (tmp_path / "boxes.json").write_text("{}")
     with pytest.raises(DatasetError, match=r"boxes\.json: neither a folder nor a YOLO yaml"):
         find_layout(tmp_path / "boxes.json")
+
+
+def as_read(image, target):
+    return torch.from_numpy(np.array(image)), target
+
+
+def dataset_of(root, split):
+    """A split by the whole chain of readers, and what they report."""
+    source = find_layout(root).source(split)
+    report = DataReport(str(source.annotations))
+    content = source.read(report)
+    annotations = CocoAnnotations.from_dict(content, str(source.annotations), report)
+    return CocoDetection(source.images, annotations, as_read, report=report), report
+
+
+def assert_identical_targets(root, reference, split, count):
+    (dataset, report), (wanted, wanted_report) = (
+        dataset_of(root, split),
+        dataset_of(reference, split),
+    )
+    assert report.counts == wanted_report.counts
+    assert dataset.class_names == wanted.class_names
+    assert len(dataset) == len(wanted) == count
+    for (image, target), (wanted_image, wanted_target) in zip(dataset, wanted, strict=True):
+        assert torch.equal(image, wanted_image)
+        assert target.keys() == wanted_target.keys()
+        for key in target.keys() - {"image_id"}:
+            assert target[key].dtype == wanted_target[key].dtype
+            assert torch.equal(target[key], wanted_target[key]), key
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "COCO"])
+def test_every_layout_gives_identical_targets(tmp_path, form):
+    root, reference = FORMS[form](tmp_path / "data"), writers.write_coco(tmp_path / "coco")
+    for split, count in (("train", 3), ("val", 2)):
+        assert_identical_targets(root, reference, split, count)
+    dataset, report = dataset_of(root, "train")
+    assert [len(target["boxes"]) for _, target in dataset] == [2, 0, 12]
+    assert report.lines() == []
+
+
+def write_voc_with_classes(root, data, names, images):
+    writers.write_voc(root, data, images)
+    (root / "classes.txt").write_text("\n".join(names))  # the order is not that of the alphabet
+
+
+@pytest.mark.parametrize(
+    "write", [writers.write_roboflow, writers.write_yolo, write_voc_with_classes]
+)
+def test_every_layout_gives_identical_targets_of_real_data(test_data, tmp_path, write):
+    content = json.loads((test_data / "bccd/instances_val.json").read_text())
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    objects = {entry["id"]: [] for entry in content["images"]}
+    for thing in content["annotations"]:
+        objects[thing["image_id"]].append((names[thing["category_id"]], tuple(thing["bbox"])))
+    pictures = [
+        writers.Picture(entry["file_name"], entry["width"], entry["height"], objects[entry["id"]])
+        for entry in content["images"]
+    ]
+    data, images = {"val": pictures}, test_data / "bccd/images"
+    names = list(names.values())
+    write(tmp_path / "data", data, names, images)
+    writers.write_coco(tmp_path / "coco", data, names, images)
+    assert_identical_targets(tmp_path / "data", tmp_path / "coco", "val", 87)
+    dataset, _ = dataset_of(tmp_path / "data", "val")
+    assert sum(dataset.box_counts().values()) == len(content["annotations"]) == 1137
+    assert list(dataset.class_names.values()) == names == ["RBC", "WBC", "Platelets"]

@@ -3,6 +3,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import ExifTags, Image
 
 from detr_fast.data.annotations import DatasetError
 from detr_fast.data.layouts import find_layout
@@ -191,7 +192,9 @@ def test_keypoints_are_no_polygon(root):
         ("1 .5 .5 .5 .5 .9", "6 numbers"),
         ("1 .1 .1 .2 .1 .2 .2 .3", "8 numbers"),
         ("1", "1 numbers"),
-        ("1.5 .5 .5 .5 .5", "class 1.5 is no whole number"),
+        ("1.5 .5 .5 .5 .5", "class 1.5 is no class number"),
+        ("-1 .5 .5 .5 .5", "class -1 is no class number"),
+        ("1e30 .5 .5 .5 .5", "class 1e30 is no class number"),
         ("1 .5 .5 nan .5", "not finite"),
         ("inf .5 .5 .5 .5", "not finite"),
         ("1 .1 .1 .2 .1 .2 1e999", "not finite"),
@@ -206,13 +209,41 @@ def test_malformed_lines_are_named_and_left_out(root, line, reason):
     assert problems == [f"data: 1 malformed label lines (left out): {file}:3 ({reason})"]
 
 
-def test_strange_boxes_and_classes_are_passed_on(root):
+def test_strange_boxes_are_passed_on(root):
     """The annotation reader reports them for all layouts."""
-    (root / "labels/train/a.txt").write_text("7 .5 .5 0 -.5\n-1 5 5 .5 .5\n")
+    (root / "labels/train/a.txt").write_text("1 .5 .5 0 -.5\n2 5 5 .5 .5\n")
     content, problems = read(root)
-    assert [thing["category_id"] for thing in content["annotations"][:2]] == [7, -1]
-    assert content["annotations"][0]["bbox"] == [20, 22.5, 0, -15]
+    boxes = [thing["bbox"] for thing in content["annotations"][:2]]
+    assert boxes == [[20, 22.5, 0, -15], [190, 142.5, 20, 15]]
     assert problems == []
+
+
+def test_classes_without_a_name_are_named_and_left_out(root):
+    file = root / "labels/train/a.txt"
+    file.write_text("3 .5 .5 .5 .5\n2 .5 .5 .5 .5\n")
+    content, problems = read(root)
+    assert content["annotations"][0]["category_id"] == 2
+    assert problems == [
+        "data: 1 label lines of classes that data.yaml does not list (left out): "
+        f"{file}:1 (class 3)"
+    ]
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_shares_of_a_turned_photo_are_of_what_is_seen_upright(root, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (40, 30)).save(root / "images/train/turned.jpg", exif=exif)
+    (root / "labels/train/turned.txt").write_text("0 .5 .5 .5 .25\n")
+    content, _ = read(root)
+    size = {1: (40, 30), 6: (30, 40)}[orientation]
+    assert (content["images"][-1]["width"], content["images"][-1]["height"]) == size
+    assert content["annotations"][-1]["bbox"] == [
+        0.25 * size[0],
+        0.375 * size[1],
+        0.5 * size[0],
+        0.25 * size[1],
+    ]
 
 
 def test_unreadable_images_and_labels(root):
@@ -279,6 +310,7 @@ def test_where_a_label_file_lies(image, labels):
         ("train: images/train\nnames: []", r"'names' must list the class names, found \[\]"),
         ("train: images/train\nnames: [[a]]", r"'names' must list the class names"),
         ("train: images/train\nnames: {a: b}", r"'names' must list the class names"),
+        ("train: images/train\nnames: {-1: b}", r"'names' must list the class names"),
         ("train: images/train\nnames: [a]\nnc: 2", r"'nc' is 2, but 'names' lists 1"),
         ("train: 7\nnames: [a]", r"'train' names no folder of images"),
         ("val: images/val\nnames: [a]", r"'train' names no folder of images"),
