@@ -72,7 +72,8 @@ def _run(program: str, description: str, arguments: Sequence[str] | None, eval: 
         say(config.headline())
         say(str(config))
         if config.check_data:
-            return check_data(config)
+            check_data(config)
+            return 0
         if checkpoint and config.eval:
             evaluate_checkpoint(config, checkpoint)
             return 0

@@ -2,20 +2,18 @@
 """``--check_data``: look at every annotation and image before a training does."""
 
 from detr_fast.config import Config, UsageError
+from detr_fast.data.annotations import DatasetError
 from detr_fast.data.coco import CocoDetection
 from detr_fast.data.validate import DataReport, check_images
 from detr_fast.engine.datasets import read_datasets
 from detr_fast.engine.log import MetricLogger, say
 
 
-def check_data(config: Config) -> int:
+def check_data(config: Config) -> None:
     """Read all annotations, decode all images, and say what is wrong with them.
 
-    Returns:
-        int: exit code: 0 if nothing is wrong, else 2.
-
     Raises:
-        DatasetError: if there are no usable data.
+        DatasetError: if anything is wrong.
         UsageError: if the data are generated.
     """
     if config.dataset_file == "shapes":
@@ -27,8 +25,9 @@ def check_data(config: Config) -> int:
         of_images = _check_images(split, dataset)
         wrong += len(of_annotations) + len(of_images)
         _say_classes(split, dataset)
-    say(f"{wrong} problems found" if wrong else "nothing wrong found")
-    return 2 if wrong else 0
+    if wrong:
+        raise DatasetError(f"{wrong} problems in the data, said above; training leaves them out")
+    say("nothing wrong found")
 
 
 def _check_images(split: str, dataset: CocoDetection) -> DataReport:

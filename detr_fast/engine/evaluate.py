@@ -104,9 +104,9 @@ def evaluate(
     criterion.eval()
     log = MetricLogger(delimiter="  ")
     log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    scores = CocoEvaluator(loader.dataset.ground_truth, evaluator=evaluator)
+    dataset = loader.dataset
+    scores = CocoEvaluator(dataset.ground_truth, evaluator, dataset.category_ids)
     postprocess = PostProcess()
-    category_of_label = _category_of_label(loader.dataset, device)
     samples: dict[int, dict[str, Tensor]] = {}
     for batch in log.log_every(loader, print_freq, "Test:"):
         if batch is None:
@@ -120,21 +120,11 @@ def evaluate(
         found = {int(t["image_id"]): d for t, d in zip(targets, detections, strict=True)}
         for image_id in list(found)[: keep - len(samples)]:
             samples[image_id] = {k: v.cpu() for k, v in found[image_id].items()}
-        scores.update(
-            {i: {**d, "labels": category_of_label[d["labels"]]} for i, d in found.items()}
-        )
+        scores.update(found)
     log.say(f"Averaged stats: {log}")
     result = scores.summarize()
     log.say(result.table())
     return Evaluation(log.averages(), result, samples)
-
-
-def _category_of_label(dataset: Dataset, device: torch.device) -> Tensor:
-    """Label -> category id in the file of the data; -1 for a class that it does not have."""
-    ids = torch.full((dataset.num_classes,), -1, device=device)
-    for label, category in dataset.category_ids.items():
-        ids[label] = category
-    return ids
 
 
 def per_class_lines(result: CocoResult, train_set: Dataset | None = None) -> Iterator[str]:

@@ -123,13 +123,20 @@ class CocoEvaluator:
     Args:
         ground_truth: dict in the COCO format, or the path of such a JSON file
         evaluator: ``"hotcoco"`` or ``"pycocotools"``
+        category_ids: label of a detection -> category id of the ground truth; detections of other
+            labels are left out. By default labels are category ids.
 
     Raises:
         DatasetError: the ground truth is missing or malformed.
         ImportError: the evaluator is not installed.
     """
 
-    def __init__(self, ground_truth: dict[str, Any] | str | Path, evaluator: str = "hotcoco"):
+    def __init__(
+        self,
+        ground_truth: dict[str, Any] | str | Path,
+        evaluator: str = "hotcoco",
+        category_ids: Mapping[int, int] | None = None,
+    ):
         engines = {"hotcoco": _run_hotcoco, "pycocotools": _run_pycocotools}
         if evaluator not in engines:
             raise ValueError(f"evaluator {evaluator!r}: choose {' or '.join(engines)}")
@@ -140,6 +147,7 @@ class CocoEvaluator:
                 f'no evaluator {evaluator}: pip install "detr-fast[train]"'
             ) from error
         self._run = engines[evaluator]
+        self._category_ids = category_ids
         if isinstance(ground_truth, dict):
             self._truth = CocoAnnotations.from_dict(ground_truth, "ground truth")
         else:
@@ -195,6 +203,8 @@ class CocoEvaluator:
                 f"id {owners[broken][0]}; has the training diverged?"
             )
         rows = np.column_stack((owners, found))
+        if self._category_ids is not None:
+            rows = _in_categories(rows, self._category_ids)
         listed = np.isin(rows[:, 6].astype(np.int64), list(self._truth.class_names))
         run = self._run(self._truth, sorted(self._counts), rows[listed])
         params = OrderedDict((name, _plain(getattr(run.params, name))) for name in PARAMETERS)
@@ -211,6 +221,15 @@ class CocoEvaluator:
             class_names=self._truth.class_names,
             rows=rows,
         )
+
+
+def _in_categories(rows: np.ndarray, category_ids: Mapping[int, int]) -> np.ndarray:
+    """Rows with category ids in place of labels, without those of other labels."""
+    labels = np.array(sorted(category_ids), dtype=np.int64)
+    rows = rows[np.isin(rows[:, 6].astype(np.int64), labels)]
+    ids = np.array([category_ids[label] for label in labels.tolist()], dtype=np.int64)
+    rows[:, 6] = ids[np.searchsorted(labels, rows[:, 6].astype(np.int64))]
+    return rows
 
 
 def _pack(image_id: int, found: Mapping[str, Tensor]) -> Tensor:

@@ -96,9 +96,11 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"torch cannot read it ({error}): read it with safetensors.torch.load_file and convert "
             "it with detr_fast.models.transformers_keys.from_transformers"
         )
-    if refused := re.search(r"GLOBAL ([\w.]+)", str(error)):
+    refused = re.search(r"GLOBAL ([\w.]+)|Unsupported operand (\d+)", str(error))
+    if refused:
+        held = refused[1] or f"pickle instruction {refused[2]}"
         return (
-            f"refused, nothing of it was run: it holds {refused[1]}, and only tensors, plain "
+            f"refused, nothing of it was run: it holds {held}, and only tensors, plain "
             "containers and argparse.Namespace are safe to read. If you trust its author, load it "
             "with torch.load(path, weights_only=False) and save its state dict anew"
         )

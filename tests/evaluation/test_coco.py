@@ -367,3 +367,24 @@ def test_bad_arguments(tmp_path, monkeypatch):
         ImportError, match=r'no evaluator hotcoco: pip install "detr-fast\[train\]"'
     ):
         CocoEvaluator(make_truth([]))
+
+
+@pytest.mark.parametrize("evaluator", ["hotcoco", "pycocotools"])
+def test_labels_are_mapped_to_category_ids(evaluator):
+    """Ids that float32 cannot hold; detections of a label without category count for nothing."""
+    large = 123_456_789
+    truth = {
+        "images": [{"id": 4, "file_name": "a.png", "width": 50, "height": 50}],
+        "categories": [{"id": 7, "name": "cat"}, {"id": large, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 4, "category_id": large, "bbox": [1, 2, 10, 10], "area": 100},
+            {"id": 2, "image_id": 4, "category_id": 7, "bbox": [20, 20, 10, 10], "area": 100},
+        ],
+    }
+    scores = CocoEvaluator(truth, evaluator, category_ids={0: 7, 2: large})
+    boxes = torch.tensor([[1.0, 2, 11, 12], [20, 20, 30, 30], [1, 2, 11, 12]])
+    labels = torch.tensor([2, 0, 1])
+    scores.update({4: {"boxes": boxes, "scores": torch.tensor([0.9, 0.8, 1.0]), "labels": labels}})
+    result = scores.summarize()
+    assert result.stats[0] == pytest.approx(1)
+    assert [d["category_id"] for d in result.detections] == [large, 7]
