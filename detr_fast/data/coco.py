@@ -174,6 +174,8 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
                 f"the {len(wanted)} that the model knows ({_few(wanted)}); classes are matched by "
                 "name"
             )
+        if len(known) == len(annotations.class_names):
+            return annotations
         if report is not None:
             rows = np.flatnonzero(~np.isin(annotations.labels, list(known)))
             pairs = zip(annotations.labels[rows], annotations.owners[rows], strict=True)

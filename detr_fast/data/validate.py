@@ -33,7 +33,9 @@ class DatasetError(ValueError):
     """A data set on disk is incomplete or malformed; the message names the file and the remedy."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        # a loader raises a worker's error again, with a traceback in front of its one line
+        of_worker = message.startswith("Caught DatasetError in ")
+        super().__init__(message if of_worker else one_line(message))
 
 
 class DataReport:

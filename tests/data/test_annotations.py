@@ -517,6 +517,24 @@ def test_a_single_odd_value_changes_no_other_value():
         assert annotations.boxes.tolist() == boxes[:20] + boxes[21:]
 
 
+def test_values_of_numpy_are_numbers():
+    content = copy.deepcopy(CONTENT)
+    for image in content["images"]:
+        image["id"] = np.int64(image["id"])
+    for annotation in content["annotations"]:
+        annotation["image_id"] = np.int32(annotation["image_id"])
+        annotation["category_id"] = np.uint8(annotation["category_id"])
+        annotation["area"] = np.float32(annotation.get("area", 8))
+        annotation["bbox"] = np.array(annotation["bbox"])
+    content["annotations"][0]["bbox"] = (1, 2, np.float32(3), np.int64(4))
+    report = DataReport("boxes.json")
+    annotations = CocoAnnotations.from_dict(content, "boxes.json", report)
+    assert report.lines() == []
+    assert annotations.boxes.tolist() == [BOXES[i] for i in (22, 24, 21, 23)]
+    assert annotations.areas.tolist() == [150, 8, 8, 8]
+    assert annotations.owners.tolist() == [2, 2, 5, 7]
+
+
 def test_keep_images():
     annotations, _ = read(lambda c: None)
     some = annotations.keep_images(np.array([True, False, True]))

@@ -238,8 +238,11 @@ def test_missing_and_broken_images_are_named(folder, dataset):
 
 def test_error_of_a_worker_arrives_with_its_class(folder, dataset):
     (folder / "two.png").unlink()
-    with pytest.raises(DatasetError, match=r"image id 2 is missing"):
+    with pytest.raises(DatasetError) as caught:
         next(iter(DataLoader(dataset, num_workers=1)))
+    *traceback, message = str(caught.value).splitlines()
+    assert traceback[0].startswith("Caught DatasetError in DataLoader worker process 0")
+    assert f"DatasetError: {folder}/two.png: image id 2 is missing; restore the file" in message
 
 
 def break_image(folder, name, how):

@@ -210,6 +210,17 @@ def test_ground_truth_is_coco():
         assert {a["iscrowd"] for a in ours} == {0}
 
 
+def test_labels_are_category_ids_and_indices_image_ids():
+    data = ShapesDetection("val", length=5)
+    labels = [label for _, target in data for label in target["labels"].tolist()]
+    assert data.box_counts() == {label: labels.count(label) for label in data.class_names}
+    assert data.category_ids == {label: label for label in data.class_names}
+    assert [data.index_of(int(target["image_id"])) for _, target in data] == list(range(5))
+    for unknown in (-1, 5):
+        with pytest.raises(KeyError, match=f"no image id {unknown}"):
+            data.index_of(unknown)
+
+
 def test_data_set_goes_to_workers():
     data = pickle.loads(pickle.dumps(ShapesDetection("val", length=2)))
     assert_same(data[1], ShapesDetection("val", length=2)[1])
