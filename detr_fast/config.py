@@ -271,7 +271,11 @@ def _returning(run: dict[str, Any], given: dict[str, Any], own_data: bool) -> di
     """The flags of an earlier run that hold for this call, too."""
     if given.get("finetune"):
         return {}
-    known = {entry.name for entry in fields(Config)} - set(_OF_A_CALL)
+    types = {
+        entry.name: (int, float) if entry.type is float else entry.type for entry in fields(Config)
+    }
+    known = {name for name, value in run.items() if isinstance(value, types.get(name, ()))}
+    known -= set(_OF_A_CALL)
     if given.get("eval"):
         known &= set(_OF_THE_DATA)
     if own_data:  # all of it is named anew
@@ -310,8 +314,6 @@ def _check(config: Config) -> None:
     _check_data(config)
     if config.eval and not config.resume:
         raise UsageError("evaluation needs --resume, the checkpoint to evaluate")
-    if config.eval and config.finetune:
-        raise UsageError("--finetune starts a training; to evaluate its file use --resume")
     if config.resume == "auto" and not config.output_dir:
         raise UsageError("--resume auto looks into --output_dir: name the folder of the run")
     if config.save_json and not config.output_dir:

@@ -132,12 +132,10 @@ def load_starting_weights(
         load_backbone_weights(model, config.backbone_weights)
         return False
     earlier = class_names_of(checkpoint)
-    goes_on = (
-        bool(config.resume)
-        and checkpoint.keys() >= {"optimizer", "lr_scheduler", "epoch"}
-        and (earlier is None or earlier == names)
-    )
-    if goes_on:
+    stored = model_config_from_checkpoint(checkpoint)
+    same_head = stored is None or stored.num_classes == model.config.num_classes
+    state = checkpoint.keys() >= {"optimizer", "lr_scheduler", "epoch"}
+    if config.resume and state and same_head and earlier in (None, names):
         load_weights(model, checkpoint)
         return True
     source = config.resume or config.finetune

@@ -186,23 +186,24 @@ class Run:
             "category_ids": self.train_set.category_ids,
         }
 
-    def train_epoch(self) -> MetricLogger | None:
-        """Train the rest of the epoch in hand; None if it was stopped, its checkpoint written."""
-        log, epoch, steps = (
+    def train_epoch(self) -> MetricLogger:
+        """Train the rest of the epoch in hand, and write checkpoints on the way and at its end."""
+        log, epoch, first = (
             epoch_log(self.progress.meters),
             self.progress.epoch,
-            self.config.checkpoint_steps,
+            self.progress.batch,
         )
-        saved = self.progress.batch
 
         def save(batches: int) -> None:
-            nonlocal saved
-            if steps and batches - saved >= steps and batches < len(self.train_loader):
-                self.progress = replace(self.progress, batch=batches, meters=log.state())
-                self.output.write_checkpoint(self.state_dict())
-                saved = batches
+            self.progress = replace(self.progress, batch=batches, meters=log.state())
+            self.output.write_checkpoint(self.state_dict())
 
-        self.train_loader.batch_sampler.begin(epoch, self.progress.batch)
+        def save_at_times(batches: int) -> None:
+            steps = self.config.checkpoint_steps
+            if steps and batches - self.progress.batch >= steps:
+                save(batches)
+
+        self.train_loader.batch_sampler.begin(epoch, first)
         done = train_one_epoch(
             self.learner,
             self.criterion,
@@ -212,17 +213,19 @@ class Run:
             print_freq=self.config.print_freq,
             stop=self.stop,
             log=log,
-            first=self.progress.batch,
-            after_update=save,
+            first=first,
+            after_update=save_at_times,
         )
-        if self.stop.signal:
-            self.progress = replace(self.progress, batch=done, meters=log.state())
-            self.output.write_checkpoint(self.state_dict())
-            return None
+        if done > self.progress.batch:
+            save(done)
         return log
 
     def finish_epoch(self, log: MetricLogger) -> None:
-        """Evaluate, and leave checkpoint, log and pictures of the epoch."""
+        """Evaluate, and leave pictures, log and checkpoint of the epoch.
+
+        The checkpoint comes last: a run that is killed before evaluates again, and nothing of what
+        an epoch leaves is missing.
+        """
         config, epoch = self.config, self.progress.epoch
         self.learner.schedule.step()
         evaluation = evaluate(
@@ -233,16 +236,6 @@ class Run:
             evaluator=config.evaluator,
             print_freq=config.print_freq,
         )
-        ap = evaluation.result.stats[0]
-        copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop_epoch) else []
-        best = self.progress.best_ap
-        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, meters={})
-        if ap > best:
-            self.progress = replace(self.progress, best_ap=ap, best_epoch=epoch)
-            copies.append("_best")
-        self.output.write_checkpoint(self.state_dict(), *copies)
-        self.output.write_evaluation(epoch, evaluation)
-        self.output.draw(self.val_set, evaluation)
         record = {
             **{f"train_{name}": value for name, value in log.averages().items()},
             **{f"test_{name}": value for name, value in evaluation.metrics.items()},
@@ -250,11 +243,19 @@ class Run:
             "epoch": epoch,
             "n_parameters": self.parameters,
         }
+        self.output.write_evaluation(epoch, evaluation)
+        self.output.draw(self.val_set, evaluation)
         self.output.write_log(record)
+        ap = evaluation.result.stats[0]
+        copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop_epoch) else []
+        if ap > self.progress.best_ap:
+            self.progress = replace(self.progress, best_ap=ap, best_epoch=epoch)
+            copies.append("_best")
+        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, meters={})
+        self.output.write_checkpoint(self.state_dict(), *copies)
         if advice := why_no_ap(record, self.learner.steps, config):
             say(advice)
-        last = epoch + 1 == config.epochs or self.out_of_patience()
-        if last or config.per_class:
+        if config.per_class or epoch + 1 == config.epochs or self.out_of_patience():
             say("\n".join(per_class_lines(evaluation.result, self.train_set)))
 
     def out_of_patience(self) -> bool:
@@ -284,7 +285,7 @@ class Run:
                     )
                     break
                 log = self.train_epoch()
-                if log is not None:
+                if not stop.signal:
                     self.finish_epoch(log)
         say_unusable_images(self.train_set, self.val_set)
         say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
