@@ -217,6 +217,13 @@ def test_nothing_recognised_says_what_was_looked_for(tmp_path):
     assert "\n" not in message
 
 
+def test_folders_that_several_layouts_may_have_tell_nothing(tmp_path):
+    for name in ("train", "val", "images/train", "Annotations"):
+        (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"no data set recognised.*holds Annotations/, images/"):
+        find_layout(tmp_path)
+
+
 def test_a_path_that_is_no_folder_is_named(tmp_path):
     with pytest.raises(DatasetError, match=r"nowhere does not exist: .*--train_images"):
         find_layout(tmp_path / "nowhere")

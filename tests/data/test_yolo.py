@@ -209,6 +209,14 @@ def test_malformed_lines_are_named_and_left_out(root, line, reason):
     assert problems == [f"data: 1 malformed label lines (left out): {file}:3 ({reason})"]
 
 
+def test_bytes_that_editors_leave_behind(root):
+    file = root / "labels/train/a.txt"
+    file.write_bytes(b"\xef\xbb\xbf1 .5 .5 .5 .5\r\n\xff\xfe .5 .5 .5 .5\r\n0 .5 .5 .5 .5")
+    content, problems = read(root)
+    assert [thing["category_id"] for thing in content["annotations"][:2]] == [1, 0]
+    assert problems == [f"data: 1 malformed label lines (left out): {file}:2 (not numbers)"]
+
+
 def test_strange_boxes_are_passed_on(root):
     """The annotation reader reports them for all layouts."""
     (root / "labels/train/a.txt").write_text("1 .5 .5 0 -.5\n2 5 5 .5 .5\n")
