@@ -205,7 +205,7 @@ class _Annotations(_Entries):
         )
         known = np.isin(owners, images.image_ids)
         self.leave_out(~np.isin(owners, images.listed), "annotations of images that are not listed")
-        self.leave_out(~known, "annotations of images that are left out")
+        self.leave_out(~known, "annotations of images that cannot be used")
         self._leave_out_boxes(images)
         self._leave_out_repeated()
 
@@ -236,13 +236,12 @@ class _Annotations(_Entries):
         image = np.searchsorted(images.image_ids, self.owners.values)
         sizes = images.sizes[image.clip(max=len(images.image_ids) - 1)].astype(np.float64)
         image_height, image_width = np.where(sizes > 0, sizes, np.inf).T
-        known = np.isfinite(image_height) & np.isfinite(image_width)
         outside = (x >= image_width) | (y >= image_height) | (x + width <= 0) | (y + height <= 0)
-        self.leave_out(outside & known, "boxes outside of their image")
+        self.leave_out(outside, "boxes outside of their image")
         beyond = np.maximum(x + width - image_width, y + height - image_height)
         beyond = np.maximum(beyond, np.maximum(-x, -y)) > 1
         kind = "boxes that reach over the edge of their image by more than a pixel (clipped)"
-        self.note(beyond & known, kind)
+        self.note(beyond, kind)
 
     def _leave_out_repeated(self) -> None:
         if self.report is None:
@@ -304,7 +303,7 @@ class _Categories(_Entries):
         groups: dict[int, Any] = {}
         for entry, category_id in zip(self.objects, self.ids.values.tolist(), strict=True):
             groups[category_id] = group = entry.get("supercategory")
-            if isinstance(group, str) and one_line(group) != self.names[category_id]:
+            if isinstance(group, str):
                 members.setdefault(one_line(group), []).append(self.names[category_id])
         notes = []
         listed = set(self.names.values())

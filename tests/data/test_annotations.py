@@ -223,7 +223,7 @@ def test_annotation_that_is_kept(edit, column, value, line):
     assert annotations.boxes[row].tolist() == written["annotations"][0]["bbox"]  # not clipped
 
 
-def test_boxes_of_an_image_of_unknown_size_cannot_be_outside():
+def test_boxes_of_an_image_of_unknown_size_are_outside_before_its_first_pixel_alone():
     annotations, report = read(image(1, height=None))
     assert report.lines() == []
     annotations, report = read(
@@ -235,6 +235,12 @@ def test_boxes_of_an_image_of_unknown_size_cannot_be_outside():
     assert annotations.sizes[1].tolist() == [30, 0]
     assert len(annotations.boxes) == 4
 
+    annotations, report = read(box(2, bbox=[-9, 0, 9, 9]))
+    assert report.lines() == [
+        "boxes.json: 1 boxes outside of their image (left out): annotation 23 (image 7)"
+    ]
+    assert kept_ids(annotations) == [21, 22, 24]
+
 
 @pytest.mark.parametrize("value", [-4, 10.5, "10", True, [], HUGE])
 def test_malformed_sizes_are_unknown(value):
@@ -245,7 +251,7 @@ def test_malformed_sizes_are_unknown(value):
     assert annotations.sizes[0].tolist() == [0, 20]
 
 
-LOST = "boxes.json: 1 annotations of images that are left out (left out): annotation 21 (image 5)"
+LOST = "boxes.json: 1 annotations of images that cannot be used (left out): annotation 21 (image 5)"
 
 
 @pytest.mark.parametrize(
@@ -289,6 +295,14 @@ def test_image_without_an_id_is_left_out(image_id):
         "annotation 21 (image 5)",
     ]
     assert annotations.file_names.tolist() == ["two.png", "seven.png"]
+
+
+def test_malformed_id_is_not_taken_for_another():
+    _, report = read(lambda c: (image(1, id=None)(c), box(0, image_id=0)(c)))
+    assert report.lines()[1:] == [
+        "boxes.json: 1 annotations of images that are not listed (left out): "
+        "annotation 21 (image 0)"
+    ]
 
 
 def test_entry_that_is_no_image():
@@ -409,13 +423,14 @@ def test_boxes_are_kept_as_written_without_a_report():
     content = copy.deepcopy(CONTENT)
     content["annotations"] += [
         {"image_id": 5, "category_id": 0, "bbox": bbox, "id": 21}
-        for bbox in ([0, 0, -2, -3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4])
+        for bbox in ([0, 0, -2, 3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4])
     ]
     annotations = CocoAnnotations.from_dict(content)
     assert annotations.boxes[2:7].tolist() == [
-        [1, 2, 3, 4], [0, 0, -2, -3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4],
+        [1, 2, 3, 4], [0, 0, -2, 3], [900, 0, 1, 1], [1, 2, 3, 4], [1, 2, 3, 4],
     ]  # fmt: skip
-    assert annotations.box_counts() == {0: 5, 9: 1}  # -2 x -3 is none to learn from
+    assert annotations.areas[2:7].tolist() == [12, 6, 1, 12, 12]
+    assert annotations.box_counts() == {0: 5, 9: 1}  # -2 x 3 is none to learn from
     assert CocoAnnotations.from_dict(annotations.to_dict()).boxes.tolist() == (
         annotations.boxes.tolist()
     )
