@@ -50,14 +50,19 @@ def _complain(error: BaseException) -> None:
 
 
 def _start(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The flags with ``--resume auto`` resolved, and the checkpoint that they name."""
+    """The flags with ``--resume auto`` resolved, and the checkpoint that they name.
+
+    Beside it ``--finetune`` names what a run starts from that there is not yet.
+    """
+    if given.get("resume") == "auto":
+        given = dict(given)
+        start = {"finetune": given.pop("finetune")} if "finetune" in given else {}
+        if found := newest_checkpoint(configure(given).output_dir):
+            return {**given, "resume": str(found[0])}, found[1]
+        del given["resume"]
+        given |= start
     source = given.get("resume") or given.get("finetune")
-    if source != "auto":
-        return given, read_checkpoint(source) if source else None
-    found = newest_checkpoint(configure(given).output_dir)
-    if found:
-        return {**given, "resume": str(found[0])}, found[1]
-    return {name: value for name, value in given.items() if name != "resume"}, None
+    return given, read_checkpoint(source) if source else None
 
 
 def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:

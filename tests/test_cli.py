@@ -39,7 +39,7 @@ def test_tools_and_entry_point_show_every_flag(tool):
         (
             "train",
             "--coco_path /nowhere",
-            "/nowhere/train2017 does not exist: --coco_path must hold",
+            "/nowhere does not exist: name the folder of a data set, or name the files with",
         ),
         ("train", "--device cuda:99", "--device cuda:99"),
         ("evaluate", "", "evaluation needs --resume"),
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_other_classes_is_named(capsys, tmp_path, test_data):
     torch.save({"model": model.state_dict(), "model_config": vars(model.config)}, path)
     code, printed = run(capsys, "evaluate", f"--resume {path} --coco_path {test_data}/coco125")
     assert code == 2
-    assert "was trained for 7 classes, the data set coco has 91" in printed.err
+    assert "was trained for 7 classes, the data have category ids up to 90" in printed.err
 
 
 def test_a_checkpoint_of_the_original_is_evaluated_without_model_flags(

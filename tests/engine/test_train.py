@@ -255,6 +255,17 @@ def test_finetuning_starts_at_epoch_0_with_the_presets_flags(tmp_path, capsys):
     assert {int(entry["step"]) for entry in checkpoint["optimizer"]["state"].values()} == {STEPS}
 
 
+def test_one_line_starts_a_finetuning_and_goes_on_with_it(tmp_path, capsys):
+    fit(f"--epochs 1 --output_dir {tmp_path}/a")
+    line = f"--finetune {tmp_path}/a/checkpoint.pth --resume auto --output_dir {tmp_path}/b"
+    assert fit(f"{line} --epochs 1") == 0
+    assert "starting anew" in capsys.readouterr().out
+    assert fit(f"{line} --epochs 2") == 0
+    printed = capsys.readouterr().out
+    assert "Epoch: [1]" in printed
+    assert "Epoch: [0]" not in printed
+
+
 def test_a_training_without_ap_says_what_to_look_at():
     record = {
         "epoch": 4,
