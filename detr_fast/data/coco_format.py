@@ -254,7 +254,7 @@ class _Annotations(_Entries):
         for at, content in zip(rows, contents, strict=True):
             same_id = seen.setdefault(int(self.ids.values[at]), set())
             again[at] = content in same_id
-            other[at] = bool(same_id) and content not in same_id
+            other[at] = bool(same_id)
             same_id.add(content)
         self.leave_out(again, "annotations that are listed again")
         self.note(other, "annotations with the id of another one (kept)")

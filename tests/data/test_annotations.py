@@ -297,6 +297,23 @@ def test_image_without_an_id_is_left_out(image_id):
     assert annotations.file_names.tolist() == ["two.png", "seven.png"]
 
 
+def test_annotations_need_no_ids():
+    annotations, report = read(lambda c: [a.pop("id") for a in c["annotations"]])
+    assert report.lines() == []
+    assert kept_ids(annotations) == [21, 22, 23, 24]
+
+
+def test_infinite_areas_beside_a_huge_one():
+    annotations, report = read(
+        lambda c: (box(0, area=HUGE)(c), box(1, area=float("inf"))(c), box(3, area=7)(c))
+    )
+    assert report.lines() == [
+        "boxes.json: 2 annotations with a malformed 'area' (width * height is taken): "
+        "annotation 21 (image 5), annotation 22 (image 2)"
+    ]
+    assert annotations.areas.tolist() == [200, 7, 12, 4]
+
+
 def test_malformed_id_is_not_taken_for_another():
     _, report = read(lambda c: (image(1, id=None)(c), box(0, image_id=0)(c)))
     assert report.lines()[1:] == [
