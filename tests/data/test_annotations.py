@@ -576,6 +576,9 @@ def test_keep_images():
     assert kept_ids(some) == [22, 23, 24]
     assert some.owners.tolist() == [2, 2, 7]
     assert some.class_names == annotations.class_names
+    last = annotations.keep_images(np.array([False, True, True]))
+    assert last.starts.tolist() == [0, 1, 2]
+    assert kept_ids(last) == [21, 23]
 
 
 def test_keep_categories():
