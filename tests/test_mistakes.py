@@ -92,23 +92,23 @@ def category_0(data):
 TABLE = {
     "box of no width": (
         lambda d: first(d).update(bbox=[1, 2, 0, 5]),
-        "1 boxes whose width or height is not above 0 (left out): annotation 1 (image 1)",
+        "1 boxes whose width or height is not above 0 (left out): annotation 1 (image 1, a.png)",
     ),
     "box of negative height": (
         lambda d: first(d).update(bbox=[1, 2, 3, -5]),
-        "1 boxes whose width or height is not above 0 (left out): annotation 1 (image 1)",
+        "1 boxes whose width or height is not above 0 (left out): annotation 1 (image 1, a.png)",
     ),
     "NaN in a box": (
         lambda d: first(d).update(bbox=[1, 2, float("nan"), 5]),
-        "1 annotations without 4 finite numbers as 'bbox' (left out): annotation 1 (image 1)",
+        "without 4 finite numbers as 'bbox' (left out): annotation 1 (image 1, a.png)",
     ),
     "box outside": (
         lambda d: first(d).update(bbox=[50, 2, 3, 5]),
-        "1 boxes outside of their image (left out): annotation 1 (image 1)",
+        "1 boxes outside of their image (left out): annotation 1 (image 1, a.png)",
     ),
     "category that the file does not list": (
         lambda d: first(d).update(category_id=99),
-        "1 annotations of categories that are not listed (left out): annotation 1 (image 1)",
+        "1 annotations of categories that are not listed (left out): annotation 1 (image 1, a.png)",
     ),
     "annotation of no image": (
         lambda d: first(d).update(image_id=99),
@@ -116,7 +116,7 @@ TABLE = {
     ),
     "repeated annotation id": (
         repeat_id,
-        "1 annotations with the id of another one (kept): annotation 1 (image 1)",
+        "1 annotations with the id of another one (kept): annotation 1 (image 1, a.png)",
     ),
     "repeated image id": (
         repeat_image,

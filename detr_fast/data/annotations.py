@@ -63,7 +63,6 @@ class CocoAnnotations:
         crowds (int64[A]): 1 for a crowd region
         class_names (dict[int, str]): category id to name
         source (str): what the data set is called in messages
-        notes (tuple[str, ...]): lines about what was understood, for a log; no problems
     """
 
     image_ids: np.ndarray
@@ -76,7 +75,6 @@ class CocoAnnotations:
     crowds: np.ndarray
     class_names: dict[int, str]
     source: str = "annotations"
-    notes: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> CocoAnnotations:

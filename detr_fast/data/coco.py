@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 from detr_fast.data.annotations import CocoAnnotations, DatasetError
 from detr_fast.data.images import KINDS, UnusableImage, check_image, read_image
 from detr_fast.data.labels import LabelMap
-from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.data.validate import DataReport, one_line
 
 if TYPE_CHECKING:
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 # what becomes of an unusable image
 INSTEAD = {"replace": "replaced by the next one", "skip": "left out"}
-LAYOUT = "--coco_path must hold train2017/, val2017/ and annotations/instances_{train,val}2017.json"
 
 
 class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
@@ -246,24 +244,3 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 def _few(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
-
-
-def build_coco(image_set: str, coco_path: str | Path) -> CocoDetection:
-    """COCO 2017 in its official layout, with DETR's augmentation or evaluation resize.
-
-    Args:
-        image_set: ``"train"`` or ``"val"``
-        coco_path: folder with ``train2017/``, ``val2017/`` and ``annotations/``
-
-    Raises:
-        DatasetError: part of the layout is missing, or a file is malformed.
-    """
-    transforms = {"train": train_transforms, "val": eval_transforms}
-    if image_set not in transforms:
-        raise ValueError(f"image_set {image_set!r}: choose train or val")
-    images = Path(coco_path) / f"{image_set}2017"
-    annotations = Path(coco_path) / "annotations" / f"instances_{image_set}2017.json"
-    for path in (images, annotations):
-        if not path.exists():
-            raise DatasetError(f"{path} does not exist: {LAYOUT}")
-    return CocoDetection(images, annotations, transforms[image_set]())

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,15 @@ def read_columns(content: Any, source: str, report: DataReport | None) -> dict[s
                 "(images, annotations, categories)"
             )
     images = _Images(content["images"], source, report)
-    annotations = _Annotations(content["annotations"], source, report)
+    annotations = _Annotations(content["annotations"], source, report, images.name_of)
     categories = _Categories(content["categories"], source, report)
     used = annotations.categories.values[annotations.categories.valid]
-    notes = categories.leave_out_grouping(set(np.unique(used).tolist()))
+    categories.leave_out_grouping(set(np.unique(used).tolist()))
     return {
         **images.columns(),
         **annotations.columns(images, list(categories.names)),
         "class_names": categories.names,
         "source": source,
-        "notes": notes,
     }
 
 
@@ -122,6 +121,8 @@ class _Images(_Entries):
         self.names = [name if isinstance(name, str) else "" for name in given]
         self.require(self.ids, "id", "a number")
         self.listed = np.unique(self.ids.values[self.kept])
+        rows = np.flatnonzero(self.ids.valid)
+        self.name_of = {int(self.ids.values[row]): self.names[row] for row in rows}
 
         kind = "images without a 'file_name'"
         no_text = _mask(name is not None and not isinstance(name, str) for name in given)
@@ -180,8 +181,15 @@ class _Images(_Entries):
 class _Annotations(_Entries):
     name = "annotations"
 
-    def __init__(self, entries: list[Any], source: str, report: DataReport | None):
+    def __init__(
+        self,
+        entries: list[Any],
+        source: str,
+        report: DataReport | None,
+        file_name_of: Mapping[int, str],
+    ):
         super().__init__(entries, source, report)
+        self.file_name_of = file_name_of
         self.owners = integers(self.objects, "image_id")
         self.categories = integers(self.objects, "category_id")
         self.boxes = quadruples(self.objects, "bbox")
@@ -190,8 +198,12 @@ class _Annotations(_Entries):
         self.require(self.categories, "category_id", "a number")
 
     def culprit(self, at: int) -> str:
-        image = f" (image {self.owners.values[at]})" if self.owners.valid[at] else ""
-        return super().culprit(at) + image
+        if not self.owners.valid[at]:
+            return super().culprit(at)
+        image = int(self.owners.values[at])
+        # readers of other layouts number images themselves: the file is what a user knows
+        name = self.file_name_of.get(image)
+        return f"{super().culprit(at)} (image {image}{f', {name:.100}' if name else ''})"
 
     def columns(self, images: _Images, category_ids: list[int]) -> dict[str, np.ndarray]:
         """The annotations that are kept, by image."""
@@ -293,8 +305,8 @@ class _Categories(_Entries):
     def culprit(self, at: int) -> str:
         return f"category {self.ids.values[at]}"
 
-    def leave_out_grouping(self, used: set[int]) -> tuple[str, ...]:
-        """Drop categories that only group others; returns what to say about each.
+    def leave_out_grouping(self, used: set[int]) -> None:
+        """Drop categories that only group others, and note each.
 
         Roboflow's exports start with one: no annotation is of it, and the classes name it as
         their supercategory.
@@ -305,18 +317,17 @@ class _Categories(_Entries):
             groups[category_id] = group = entry.get("supercategory")
             if isinstance(group, str):
                 members.setdefault(one_line(group), []).append(self.names[category_id])
-        notes = []
         listed = set(self.names.values())
         for category_id, name in list(self.names.items()):
             group = groups[category_id]
             grouped = isinstance(group, str) and one_line(group) in listed
             if name in members and category_id not in used and not grouped:
                 del self.names[category_id]
-                notes.append(
-                    f"{self.source}: category {category_id} {name!r} is no class: it has no "
-                    f"annotation and is the supercategory of {_brief(members[name])}"
-                )
-        return tuple(notes)
+                if self.report is not None:
+                    self.report.note(
+                        f"{self.source}: category {category_id} {name!r} is no class: it has no "
+                        f"annotation and is the supercategory of {_brief(members[name])}"
+                    )
 
 
 def _mask(values: Iterable[bool]) -> np.ndarray:

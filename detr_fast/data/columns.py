@@ -19,7 +19,8 @@ Objects = Sequence[Mapping[str, Any]]
 # pixels; float32 arithmetic on coordinates stays finite, and no image is larger
 LARGEST_COORDINATE = 2.0**31
 _PLAIN = frozenset((int, float))
-_INT64 = np.iinfo(np.int64)
+# ids and sizes: what JSON readers agree on (RFC 8259, section 6), and float64 holds exactly
+LARGEST_INTEGER = 2**53
 
 
 class Column(NamedTuple):
@@ -44,8 +45,8 @@ def integers(
     key: str,
     *,
     default: int | None = None,
-    low: int = _INT64.min,
-    high: int = _INT64.max,
+    low: int = -LARGEST_INTEGER,
+    high: int = LARGEST_INTEGER,
 ) -> Column:
     """Whole numbers in [low, high] (int64[N]); 3.0 is one, "3" and true are not.
 
@@ -140,7 +141,7 @@ def _integer(value: Any) -> int | None:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         return None
-    return int(value) if _INT64.min <= value <= _INT64.max else None
+    return int(value) if abs(int(value)) <= LARGEST_INTEGER else None
 
 
 def _number(value: Any) -> float | None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any, NamedTuple, TypeVar
 
+from detr_fast.data.images import turned
 from detr_fast.data.validate import DataReport
 
 IMAGE_SUFFIXES = frozenset(
@@ -17,7 +18,6 @@ IMAGE_SUFFIXES = frozenset(
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation")}
 READERS = 16  # threads that wait for the disk or the network
 PER_TASK = 64  # files
-QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 Read = TypeVar("Read")
 
@@ -73,7 +73,7 @@ def image_sizes(
         ImportError: without pillow.
     """
     try:
-        from PIL import ExifTags, Image
+        from PIL import Image
     except ImportError as error:
         raise ImportError('reading images needs pillow: pip install "detr-fast[train]"') from error
 
@@ -81,10 +81,9 @@ def image_sizes(
         path = os.path.join(folder, name)
         try:
             with Image.open(path) as image:
-                # of the formats of cameras alone: a PNG would be decoded in search of the tag
+                # formats of cameras alone: a PNG would be decoded in search of the tag
                 camera = image.format in ("JPEG", "MPO")
-                tag = image.getexif().get(ExifTags.Base.Orientation) if camera else None
-                return image.size[::-1] if tag in QUARTER_TURNS else image.size
+                return image.size[::-1] if camera and turned(image) else image.size
         except FileNotFoundError:
             return f"{path} (no such file)"
         except Exception as error:  # decoders raise errors of many classes over broken files
@@ -96,9 +95,7 @@ def image_sizes(
     return [None if isinstance(size, str) else size for size in found]
 
 
-def coco_content(
-    images: Iterable[LabelledImage], categories: Mapping[int, str], description: str
-) -> dict[str, Any]:
+def coco_content(images: Iterable[LabelledImage], categories: Mapping[int, str]) -> dict[str, Any]:
     """Images and boxes in the COCO format; ids count from 1 in ascending order of the names."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -117,7 +114,6 @@ def coco_content(
                 }
             )
     return {
-        "info": {"description": description},
         "images": entries,
         "annotations": annotations,
         "categories": [{"id": key, "name": name} for key, name in categories.items()],

@@ -66,7 +66,7 @@ def _read(path: Path, size: Sequence[int], decode: Callable[[Image], Image]) -> 
     try:
         with Image.open(path) as image:
             if _other_size(size, (image.height, image.width)):
-                if not _turned(image) or _other_size(size, image.size):
+                if not turned(image) or _other_size(size, image.size):
                     why = f"has {image.width} x {image.height} pixels, not {size[1]} x {size[0]}"
                     raise UnusableImage(OTHER_SIZE, why)
                 return decode(ImageOps.exif_transpose(image))
@@ -83,5 +83,6 @@ def _other_size(annotated: Sequence[int], found: Sequence[int]) -> bool:
     return any(a not in (0, f) for a, f in zip(annotated, found, strict=True))
 
 
-def _turned(image: Image) -> bool:
+def turned(image: Image) -> bool:
+    """Whether a camera took the picture turned by 90 degrees, and says so in it."""
     return image.getexif().get(_ORIENTATION) in _QUARTER_TURNS

@@ -43,12 +43,21 @@ class DataReport:
 
     Args:
         source (str): what the data set is called in messages: its annotation file or folder.
+
+    Attributes:
+        counts (dict[str, int]): number of problems of each kind.
+        notes (list[str]): how the data were understood; no problems.
     """
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.counts: dict[str, int] = {}
         self._first: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        """Add to the notes."""
+        self.notes.append(one_line(line))
 
     def add(self, kind: str, culprits: Iterable[str]) -> None:
         """Count problems of a kind.

@@ -111,8 +111,8 @@ class VocFolder:
                     left, top = left - self.first_pixel, top - self.first_pixel
                     objects.append((labels[name], [left, top, right - left, bottom - top]))
             images.append(LabelledImage(annotation.image, size, objects))
-        said = f"Pascal VOC, {len(labels)} classes, coordinates counted from {self.first_pixel}"
-        return coco_content(images, dict(enumerate(self.class_names)), said)
+        report.note(f"{self.splits[split]}: coordinates are counted from {self.first_pixel}")
+        return coco_content(images, dict(enumerate(self.class_names)))
 
     @cached_property
     def class_names(self) -> list[str]:

@@ -115,7 +115,7 @@ class YoloFolder:
                 f"{folder}: none of {len(inside)} images has a label file; the first was looked "
                 f"for at {label_path(folder / inside[0])}"
             )
-        return coco_content(images, self.categories, self.said.removeprefix("data: "))
+        return coco_content(images, self.categories)
 
     def _listed(self, split: str, report: DataReport) -> list[str]:
         """Names of a split's images relative to its folder; as written where outside of it."""

@@ -64,7 +64,7 @@ def read_datasets(
     sources = _sources(config, splits)
     reports = {split: DataReport(str(source.annotations)) for split, source in sources.items()}
     tables = {split: _read(source, reports[split]) for split, source in sources.items()}
-    for note in dict.fromkeys(note for table in tables.values() for note in table.notes):
+    for note in dict.fromkeys(note for report in reports.values() for note in report.notes):
         say(note)
     first = tables[splits[0]]
     if checkpoint is None:

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from detr_fast.data.coco import CocoDetection
+from detr_fast.data.transforms import eval_transforms
+
 CONTENT = {
     "info": {"year": 2024},
     "images": [
@@ -73,3 +76,9 @@ def write_folder(folder):
         Image.fromarray(pixels).save(folder / entry["file_name"])
     (folder / "boxes.json").write_text(json.dumps(CONTENT))
     return folder
+
+
+def official(root, split):
+    """A split of a folder in COCO's own layout, as it is evaluated."""
+    annotations = root / f"annotations/instances_{split}2017.json"
+    return CocoDetection(root / f"{split}2017", annotations, eval_transforms())

@@ -8,9 +8,9 @@ from detr_fast.data.validate import DataReport
 
 CONTENT = {
     "images": [
-        {"id": 2, "file_name": "two.png", "height": 10, "width": 20},
-        {"id": 5, "file_name": "five.png", "height": 30, "width": 30},
-        {"id": 7, "file_name": "seven.png"},
+        {"id": 2, "file_name": "2.png", "height": 10, "width": 20},
+        {"id": 5, "file_name": "5.png", "height": 30, "width": 30},
+        {"id": 7, "file_name": "7.png"},
     ],
     "categories": [{"id": 0, "name": "cat"}, {"id": 9, "name": "dog"}],
     "annotations": [

@@ -67,7 +67,7 @@ def test_what_makes_a_data_set_useless(edit, message, with_report):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (image(1, file_name="../five.png"), "image id 5: 'file_name' '../five.png' leaves the"),
+        (image(1, file_name="../5.png"), "image id 5: 'file_name' '../5.png' leaves the"),
         (image(1, file_name=5), r"images\[1\] needs 'file_name' \(a text of at most 1024"),
         (image(1, height="x"), r"images\[1\] needs 'height' \(a number of pixels\)"),
         (box(1, area="x"), r"annotations\[1\] needs 'area' \(a number of 0 or more\)"),
@@ -116,10 +116,10 @@ def test_category_that_only_groups_others_is_no_class():
     annotations, report = read(roboflow())
     assert annotations.class_names == {0: "cat", 9: "dog"}
     assert report.lines() == []
-    assert annotations.notes == (
+    assert report.notes == [
         "boxes.json: category 3 'animals' is no class: it has no annotation and is the "
         "supercategory of ['cat', 'dog']",
-    )
+    ]
     assert len(annotations.boxes) == 4
 
 
@@ -134,7 +134,7 @@ def test_category_that_only_groups_others_is_no_class():
 def test_category_that_may_be_a_class_is_kept(edit):
     annotations, report = read(edit)
     assert set(annotations.class_names) == {0, 3, 9}
-    assert annotations.notes == ()
+    assert report.notes == []
     assert report.lines() == []
 
 
@@ -158,7 +158,7 @@ def test_official_files_are_without_fault(test_data, split):
     report = DataReport(str(path))
     annotations = CocoAnnotations.from_dict(content, str(path), report)
     assert annotations.class_names == COCO_CATEGORIES
-    assert (annotations.notes, report.lines()) == ((), [])
+    assert (report.notes, report.lines()) == ([], [])
 
 
 def test_faults_of_one_kind_are_counted_and_the_first_named():
@@ -169,7 +169,7 @@ def test_faults_of_one_kind_are_counted_and_the_first_named():
     annotations, report = read(edit)
     assert report.lines() == [
         "boxes.json: 5 boxes whose width or height is not above 0 (left out): annotation 31 "
-        "(image 5), annotation 32 (image 5), annotation 33 (image 5), ..."
+        "(image 5, 5.png), annotation 32 (image 5, 5.png), annotation 33 (image 5, 5.png), ..."
     ]
     assert len(annotations.boxes) == 4
 
@@ -218,7 +218,7 @@ def test_keep_images():
     annotations, _ = read(lambda c: None)
     some = annotations.keep_images(np.array([True, False, True]))
     assert some.image_ids.tolist() == [2, 7]
-    assert some.file_names.tolist() == ["two.png", "seven.png"]
+    assert some.file_names.tolist() == ["2.png", "7.png"]
     assert some.starts.tolist() == [0, 2, 3]
     assert kept_ids(some) == [22, 23, 24]
     assert some.owners.tolist() == [2, 2, 7]

@@ -2,7 +2,6 @@
 import copy
 import json
 import pickle
-import shutil
 
 import numpy as np
 import pytest
@@ -10,10 +9,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from detr_fast.data.coco import CocoAnnotations, CocoDetection, DatasetError, build_coco
+from detr_fast.data.coco import CocoAnnotations, CocoDetection, DatasetError
 from detr_fast.data.labels import LabelMap
 from detr_fast.data.validate import DataReport
-from tests.data.coco_folder import CONTENT, as_read, edited, write_folder
+from tests.data.coco_folder import CONTENT, as_read, edited, official, write_folder
 
 
 @pytest.fixture
@@ -243,28 +242,9 @@ def test_unknown_way_with_unusable_images(folder):
         CocoDetection(folder, folder / "boxes.json", as_read, unusable="drop")
 
 
-@pytest.mark.parametrize("missing", ["train2017", "annotations/instances_train2017.json"])
-def test_incomplete_layout_names_the_flag(tmp_path, missing):
-    for folder in ("train2017", "annotations"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "annotations/instances_train2017.json").write_text(json.dumps(CONTENT))
-    assert len(build_coco("train", tmp_path)) == 3
-    if (tmp_path / missing).is_dir():
-        shutil.rmtree(tmp_path / missing)
-    else:
-        (tmp_path / missing).unlink()
-    with pytest.raises(DatasetError, match=f"{missing} does not exist: --coco_path must hold"):
-        build_coco("train", tmp_path)
-
-
-def test_unknown_image_set(tmp_path):
-    with pytest.raises(ValueError, match="'test': choose train or val"):
-        build_coco("test", tmp_path)
-
-
 @pytest.mark.parametrize(("image_set", "count"), [("train", 59), ("val", 66)])
 def test_real_images_load_with_their_boxes(test_data, image_set, count):
-    dataset = build_coco(image_set, test_data / "coco125")
+    dataset = official(test_data / "coco125", image_set)
     assert len(dataset) == count
     assert dataset.num_classes == 91
     assert len(dataset.class_names) == 80
@@ -295,7 +275,7 @@ def test_real_images_load_with_their_boxes(test_data, image_set, count):
 
 
 def test_real_images_of_the_evaluation_have_the_official_size(test_data):
-    dataset = build_coco("val", test_data / "coco125")
+    dataset = official(test_data / "coco125", "val")
     image, target = dataset[0]  # 640 x 480
     assert image.shape == (3, 800, 1066)
     assert image.dtype == torch.float32

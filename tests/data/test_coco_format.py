@@ -10,7 +10,7 @@ from tests.data.dirty_content import BOXES, CONTENT, HUGE, NAN, box, image, kept
 def test_clean_content_has_nothing_to_report():
     annotations, report = read(lambda c: None)
     assert report.lines() == []
-    assert annotations.notes == ()
+    assert report.notes == []
     assert annotations.image_ids.tolist() == [2, 5, 7]
     assert annotations.sizes.tolist() == [[10, 20], [30, 30], [0, 0]]
     assert annotations.starts.tolist() == [0, 2, 3, 4]
@@ -30,7 +30,7 @@ def test_clean_content_has_nothing_to_report():
                 box(0, bbox=bbox),
                 [22, 23, 24],
                 "1 annotations without 4 finite numbers as 'bbox' (left out): "
-                "annotation 21 (image 5)",
+                "annotation 21 (image 5, 5.png)",
             )
             for bbox in (
                 None,
@@ -51,7 +51,8 @@ def test_clean_content_has_nothing_to_report():
             (
                 box(0, bbox=bbox),
                 [22, 23, 24],
-                "1 boxes whose width or height is not above 0 (left out): annotation 21 (image 5)",
+                "1 boxes whose width or height is not above 0 (left out): "
+                "annotation 21 (image 5, 5.png)",
             )
             for bbox in ([1, 2, 0, 4], [1, 2, 3, 0], [1, 2, -3, 4])
         ),
@@ -59,14 +60,15 @@ def test_clean_content_has_nothing_to_report():
             (
                 box(0, bbox=bbox),
                 [22, 23, 24],
-                "1 boxes outside of their image (left out): annotation 21 (image 5)",
+                "1 boxes outside of their image (left out): annotation 21 (image 5, 5.png)",
             )
             for bbox in ([30, 2, 3, 4], [1, 30, 3, 4], [-3, 2, 3, 4], [1, -9, 3, 4])
         ),
         (
             box(0, category_id=4),
             [22, 23, 24],
-            "1 annotations of categories that are not listed (left out): annotation 21 (image 5)",
+            "1 annotations of categories that are not listed (left out): "
+            "annotation 21 (image 5, 5.png)",
         ),
         (
             box(0, image_id=6),
@@ -86,7 +88,7 @@ def test_clean_content_has_nothing_to_report():
                 box(0, category_id=category_id),
                 [22, 23, 24],
                 "1 annotations without a number as 'category_id' (left out): "
-                "annotation 21 (image 5)",
+                "annotation 21 (image 5, 5.png)",
             )
             for category_id in (None, "0", 0.5, False, {}, -HUGE)
         ),
@@ -98,7 +100,7 @@ def test_clean_content_has_nothing_to_report():
         (
             lambda c: c["annotations"].append(dict(c["annotations"][0])),
             [21, 22, 23, 24],
-            "1 annotations that are listed again (left out): annotation 21 (image 5)",
+            "1 annotations that are listed again (left out): annotation 21 (image 5, 5.png)",
         ),
     ],
 )
@@ -118,7 +120,8 @@ def test_annotation_that_is_left_out(edit, kept, line):
                 box(0, iscrowd=iscrowd),
                 "crowds",
                 0,
-                "1 annotations with a malformed 'iscrowd' (0 is taken): annotation 21 (image 5)",
+                "1 annotations with a malformed 'iscrowd' (0 is taken): "
+                "annotation 21 (image 5, 5.png)",
             )
             for iscrowd in (2, -1, "yes", 0.5, NAN, [], HUGE)
         ),
@@ -128,7 +131,7 @@ def test_annotation_that_is_left_out(edit, kept, line):
                 "areas",
                 12,
                 "1 annotations with a malformed 'area' (width * height is taken): "
-                "annotation 21 (image 5)",
+                "annotation 21 (image 5, 5.png)",
             )
             for area in (-1, "big", NAN, float("inf"), HUGE, True, [])
         ),
@@ -149,7 +152,7 @@ def test_annotation_that_is_left_out(edit, kept, line):
                 "labels",
                 0,
                 "1 boxes that reach over the edge of their image by more than a pixel (clipped): "
-                "annotation 21 (image 5)",
+                "annotation 21 (image 5, 5.png)",
             )
             for bbox in ([-1.1, 0, 9, 9], [0, -1.1, 9, 9], [0, 0, 31.1, 9], [0, 0, 9, 31.1])
         ),
@@ -157,7 +160,7 @@ def test_annotation_that_is_left_out(edit, kept, line):
             box(0, id=22),
             "labels",
             0,
-            "1 annotations with the id of another one (kept): annotation 22 (image 2)",
+            "1 annotations with the id of another one (kept): annotation 22 (image 2, 2.png)",
         ),
         *((box(0, id=i), "labels", 0, None) for i in (None, "21", [], HUGE)),
     ],
@@ -180,14 +183,14 @@ def test_boxes_of_an_image_of_unknown_size_are_outside_before_its_first_pixel_al
         lambda c: (image(1, width="x")(c), box(0, bbox=[900, 0, 9, 9])(c)),
     )
     assert report.lines() == [
-        "boxes.json: 1 images with a malformed 'width' (taken as unknown): image 5 (five.png)"
+        "boxes.json: 1 images with a malformed 'width' (taken as unknown): image 5 (5.png)"
     ]
     assert annotations.sizes[1].tolist() == [30, 0]
     assert len(annotations.boxes) == 4
 
     annotations, report = read(box(2, bbox=[-9, 0, 9, 9]))
     assert report.lines() == [
-        "boxes.json: 1 boxes outside of their image (left out): annotation 23 (image 7)"
+        "boxes.json: 1 boxes outside of their image (left out): annotation 23 (image 7, 7.png)"
     ]
     assert kept_ids(annotations) == [21, 22, 24]
 
@@ -196,12 +199,12 @@ def test_boxes_of_an_image_of_unknown_size_are_outside_before_its_first_pixel_al
 def test_malformed_sizes_are_unknown(value):
     annotations, report = read(image(0, height=value))
     assert report.lines() == [
-        "boxes.json: 1 images with a malformed 'height' (taken as unknown): image 2 (two.png)"
+        "boxes.json: 1 images with a malformed 'height' (taken as unknown): image 2 (2.png)"
     ]
     assert annotations.sizes[0].tolist() == [0, 20]
 
 
-LOST = "boxes.json: 1 annotations of images that cannot be used (left out): annotation 21 (image 5)"
+LOST = "boxes.json: 1 annotations of images that cannot be used (left out): annotation 21 (image 5"
 
 
 @pytest.mark.parametrize(
@@ -212,14 +215,14 @@ LOST = "boxes.json: 1 annotations of images that cannot be used (left out): anno
                 image(1, file_name=name),
                 "1 images without a 'file_name' (left out): image 5",
             )
-            for name in (None, "", 5, ["five.png"], {})
+            for name in (None, "", 5, ["5.png"], {})
         ),
         *(
             (
                 image(1, file_name=name),
                 "1 images whose 'file_name' leaves the image folder (left out): image 5 ",
             )
-            for name in ("/etc/five.png", "../five.png", "a/../../five.png", "C:\\five.png", "x\0")
+            for name in ("/etc/5.png", "../5.png", "a/../../5.png", "C:\\5.png", "x\0")
         ),
         (
             image(1, file_name="x" * 1025),
@@ -231,7 +234,7 @@ def test_image_that_is_left_out(edit, line):
     annotations, report = read(edit)
     assert len(report.lines()) == 2
     assert report.lines()[0].startswith(f"boxes.json: {line}")
-    assert report.lines()[1] == LOST
+    assert report.lines()[1].startswith(LOST)
     assert annotations.image_ids.tolist() == [2, 7]
     assert kept_ids(annotations) == [22, 23, 24]
 
@@ -240,11 +243,11 @@ def test_image_that_is_left_out(edit, line):
 def test_image_without_an_id_is_left_out(image_id):
     annotations, report = read(image(1, id=image_id))
     assert report.lines() == [
-        "boxes.json: 1 images without a number as 'id' (left out): images[1] (five.png)",
+        "boxes.json: 1 images without a number as 'id' (left out): images[1] (5.png)",
         "boxes.json: 1 annotations of images that are not listed (left out): "
         "annotation 21 (image 5)",
     ]
-    assert annotations.file_names.tolist() == ["two.png", "seven.png"]
+    assert annotations.file_names.tolist() == ["2.png", "7.png"]
 
 
 def test_annotations_need_no_ids():
@@ -259,7 +262,7 @@ def test_infinite_areas_beside_a_huge_one():
     )
     assert report.lines() == [
         "boxes.json: 2 annotations with a malformed 'area' (width * height is taken): "
-        "annotation 21 (image 5), annotation 22 (image 2)"
+        "annotation 21 (image 5, 5.png), annotation 22 (image 2, 2.png)"
     ]
     assert annotations.areas.tolist() == [200, 7, 12, 4]
 
@@ -273,15 +276,15 @@ def test_malformed_id_is_not_taken_for_another():
 
 
 def test_entry_that_is_no_image():
-    annotations, report = read(lambda c: c["images"].append(["two.png"]))
+    annotations, report = read(lambda c: c["images"].append(["2.png"]))
     assert report.lines() == ["boxes.json: 1 images without a number as 'id' (left out): images[3]"]
     assert len(annotations.image_ids) == 3
 
 
 def test_image_that_is_listed_again():
-    annotations, report = read(more("images", id=5, file_name="five.png", height=1, width=1))
+    annotations, report = read(more("images", id=5, file_name="5.png", height=1, width=1))
     assert report.lines() == [
-        "boxes.json: 1 images that are listed again (left out): image 5 (five.png)"
+        "boxes.json: 1 images that are listed again (left out): image 5 (5.png)"
     ]
     assert annotations.sizes.tolist() == [[10, 20], [30, 30], [0, 0]]  # the first one's
     assert kept_ids(annotations) == [21, 22, 23, 24]
@@ -291,8 +294,8 @@ def test_images_of_one_id_that_name_different_files():
     annotations, report = read(more("images", id=5, file_name="other.png"))
     assert report.lines() == [
         "boxes.json: 2 images of one id that name different files (left out): "
-        "image 5 (five.png), image 5 (other.png)",
-        LOST,
+        "image 5 (5.png), image 5 (other.png)",
+        f"{LOST}, other.png)",
     ]
     assert annotations.image_ids.tolist() == [2, 7]
     assert kept_ids(annotations) == [22, 23, 24]

@@ -176,7 +176,7 @@ def assert_is_sound(table, content, report):
     gone = left_out(report, "annotations", "boxes")
     assert len(content["annotations"]) == len(table.boxes) + gone
     assert len(content["images"]) == len(table.image_ids) + left_out(report, "images")
-    for line in (*report.lines(), *table.notes):
+    for line in (*report.lines(), *report.notes):
         assert_is_said(line)
 
     again = read(json.loads(json.dumps(table.to_dict())))

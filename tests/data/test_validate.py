@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from detr_fast.data.annotations import CocoAnnotations
-from detr_fast.data.coco import CocoDetection, build_coco
+from detr_fast.data.coco import CocoDetection
 from detr_fast.data.validate import (
     DataReport,
     DatasetError,
@@ -15,6 +15,7 @@ from detr_fast.data.validate import (
     leave_out_missing_images,
     one_line,
 )
+from tests.data.coco_folder import official
 
 
 def listed(names, size=None):
@@ -152,7 +153,7 @@ def test_every_image_is_checked(tmp_path, monkeypatch):
 
 
 def test_real_images_have_no_fault(test_data):
-    dataset = build_coco("val", test_data / "coco125")
+    dataset = official(test_data / "coco125", "val")
     report = DataReport("val")
     assert len(list(check_images(dataset, report))) == 66
     assert report.lines() == []
