@@ -314,6 +314,8 @@ class _Categories(_Entries):
         members: dict[str, list[str]] = {}
         groups: dict[int, Any] = {}
         for entry, category_id in zip(self.objects, self.ids.values.tolist(), strict=True):
+            if category_id in groups:  # listed again
+                continue
             groups[category_id] = group = entry.get("supercategory")
             if isinstance(group, str):
                 members.setdefault(one_line(group), []).append(self.names[category_id])

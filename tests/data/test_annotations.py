@@ -143,6 +143,10 @@ def test_category_that_is_its_own_supercategory_is_a_class():
     content["annotations"] = []
     content["categories"] = [{"id": 1, "name": "person", "supercategory": "person"}]
     assert CocoAnnotations.from_dict(content).class_names == {1: "person"}
+    content["categories"].append({"id": 1, "name": "person", "supercategory": "x"})
+    report = DataReport("repeated")
+    assert CocoAnnotations.from_dict(content, "", report).class_names == {1: "person"}
+    assert len(report) == 1
     content["categories"] = [
         {"id": 1, "name": "a", "supercategory": "b"},
         {"id": 2, "name": "b", "supercategory": "a"},
