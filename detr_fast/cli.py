@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the training diverged, 2 a mistake of the user (also a ful
 GPU memory), 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from detr_fast.config import UsageError, configure, parse
+from detr_fast.config import UsageError, configure, output_dir, parse
 from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import stored_flags
 from detr_fast.engine.check import check_data
@@ -57,7 +58,10 @@ def _start(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
     if given.get("resume") == "auto":
         given = dict(given)
         start = {"finetune": given.pop("finetune")} if "finetune" in given else {}
-        if found := newest_checkpoint(configure(given).output_dir):
+        folder = output_dir(given)
+        if not folder:
+            raise UsageError("--resume auto looks into --output_dir: name the folder of the run")
+        if found := newest_checkpoint(folder):
             return {**given, "resume": str(found[0])}, found[1]
         del given["resume"]
         given |= start
@@ -67,6 +71,9 @@ def _start(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
 
 def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:
     debug = False
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # class names that it cannot show are no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         given = parse(program, description, arguments)
         debug = given.get("debug", False)
@@ -90,6 +97,14 @@ def _run(program: str, description: str, arguments: Sequence[str] | None, eval: 
             traceback.print_exc()
         _complain(error)
         return 1 if isinstance(error, TrainingDivergedError) else 2
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        if debug:
+            traceback.print_exc()
+        reason = str(error).splitlines()[0]
+        _complain(UsageError(f"{reason}: lower --num_workers, or give it more (shared) memory"))
+        return 2
 
 
 def train(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:

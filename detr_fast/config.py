@@ -8,12 +8,16 @@ only), ``--model``, the preset of ``--dataset_file``, the default.
 
 import argparse
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from detr_fast.data.transforms import longest_side
 from detr_fast.models.detr import MODELS
 from detr_fast.models.model_config import BACKBONES, POSITION_EMBEDDINGS, ModelConfig
+from detr_fast.models.position_encoding import PositionEncodingLearned
 
 PANOPTIC = "panoptic heads are not in this version of detr_fast"
 
@@ -271,16 +275,30 @@ def _returning(run: dict[str, Any], given: dict[str, Any], own_data: bool) -> di
     """The flags of an earlier run that hold for this call, too."""
     if given.get("finetune"):
         return {}
-    types = {
-        entry.name: (int, float) if entry.type is float else entry.type for entry in fields(Config)
-    }
-    known = {name for name, value in run.items() if isinstance(value, types.get(name, ()))}
+    known = {entry.name for entry in fields(Config) if _takes(entry, run.get(entry.name))}
     known -= set(_OF_A_CALL)
     if given.get("eval"):
         known &= set(_OF_THE_DATA)
     if own_data:  # all of it is named anew
         known -= set(DATA_FLAGS)
+    folder = Path(given.get("resume", "")).parent
+    if "output_dir" in known and Path(run["output_dir"]).resolve() != folder.resolve():
+        known.remove("output_dir")  # a file that has moved does not say where to write
     return {name: value for name, value in run.items() if name in known}
+
+
+def _takes(entry: Any, value: Any) -> bool:
+    """Whether a stored value is one that the flag could have."""
+    kind = (int, float) if entry.type is float else entry.type
+    choices = entry.metadata["options"].get("choices")
+    return isinstance(value, kind) and (not choices or value in choices or value == entry.default)
+
+
+def output_dir(given: dict[str, Any]) -> str:
+    """The folder that a command line writes to; empty for none."""
+    dataset = given.get("dataset_file") or "shapes"
+    preset = {} if any(given.get(name) for name in DATA_FLAGS) else PRESETS.get(dataset, {})
+    return str(given.get("output_dir", preset.get("output_dir", "")))
 
 
 def _architecture(model: str) -> dict[str, Any]:
@@ -296,6 +314,11 @@ def _check(config: Config) -> None:
     least |= {"start_epoch": 0, "lr": 0, "lr_backbone": 0, "weight_decay": 0, "clip_max_norm": 0}
     least |= {"accumulate_steps": 1, "warmup_steps": 0, "ema_decay": 0, "patience": 0, "seed": 0}
     least |= {"checkpoint_steps": 0, "keep_checkpoints": 1, "image_size": 32}
+    for entry in fields(Config):
+        if entry.type is float and not math.isfinite(getattr(config, entry.name)):
+            value = getattr(config, entry.name)
+            raise UsageError(f"--{entry.name}: expected a finite number, got {value}")
+    least |= {"eos_coef": 0, "bbox_loss_coef": 0, "giou_loss_coef": 0}
     for name, bound in least.items():
         if not getattr(config, name) >= bound:
             raise UsageError(f"--{name}: expected at least {bound}, got {getattr(config, name)}")
@@ -303,21 +326,37 @@ def _check(config: Config) -> None:
         raise UsageError(f"--ema_decay: expected less than 1, got {config.ema_decay}")
     if config.seed >= 2**32:
         raise UsageError(f"--seed: expected less than 2**32, got {config.seed}")
-    if not 0 < config.lr_drop < math.inf:
+    if not config.lr_drop:
         raise UsageError(f"--lr_drop: expected epochs or a share of them, got {config.lr_drop}")
     try:
         config.model_config(num_classes=1)
     except ValueError as error:  # names the field, and with it the flag
         raise UsageError(f"--{error}") from error
-    if config.world_size != 1:
-        raise UsageError("--world_size: this version of detr_fast runs one process")
+    if not (config.set_cost_class or config.set_cost_bbox or config.set_cost_giou):
+        raise UsageError("--set_cost_class, --set_cost_bbox and --set_cost_giou: all of them are 0")
+    _check_grid(config)
+    if config.world_size != 1 or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+        raise UsageError(
+            "--world_size, or WORLD_SIZE of a launcher: this version of detr_fast runs one process"
+        )
     _check_data(config)
     if config.eval and not config.resume:
         raise UsageError("evaluation needs --resume, the checkpoint to evaluate")
-    if config.resume == "auto" and not config.output_dir:
-        raise UsageError("--resume auto looks into --output_dir: name the folder of the run")
     if config.save_json and not config.output_dir:
         raise UsageError("--save_json needs --output_dir, the folder to write to")
+
+
+def _check_grid(config: Config) -> None:
+    """Refuse images larger than learned positions reach."""
+    if config.position_embedding != "learned" or config.dataset_file != "coco":
+        return
+    stride = 16 if config.dilation or config.backbone == "tiny" else 32
+    longest, cells = longest_side(config.image_size), PositionEncodingLearned.size
+    if longest > stride * cells:
+        raise UsageError(
+            f"--position_embedding learned: knows {cells} cells of {stride} pixels a side, "
+            f"images are up to {longest} pixels long: lower --image_size, or take sine"
+        )
 
 
 def _check_data(config: Config) -> None:

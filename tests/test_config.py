@@ -3,7 +3,7 @@
 
 import pytest
 
-from detr_fast.config import Stored, UsageError, configure, parse
+from detr_fast.config import Stored, UsageError, configure, output_dir, parse
 
 # flag -> default of facebookresearch/detr's main.py
 ORIGINAL = {
@@ -68,7 +68,7 @@ def test_defaults_with_coco_are_the_originals():
         "--batch_size 4 --epochs 2 --coco_path COCO --output_dir outputs",
         "--batch_size 2 --no_aux_loss --eval --resume detr-r50-e632da11.pth --coco_path COCO",
         "--lr 1e-4 --lr_backbone 1e-5 --weight_decay 1e-4 --lr_drop 200 --clip_max_norm 0.1 "
-        "--backbone resnet101 --dilation --position_embedding learned --enc_layers 6 "
+        "--backbone resnet101 --dilation --position_embedding sine --enc_layers 6 "
         "--dec_layers 6 --dim_feedforward 2048 --hidden_dim 256 --dropout 0.1 --nheads 8 "
         "--num_queries 100 --pre_norm --set_cost_class 1 --set_cost_bbox 5 --set_cost_giou 2 "
         "--mask_loss_coef 1 --dice_loss_coef 1 --bbox_loss_coef 5 --giou_loss_coef 2 "
@@ -104,10 +104,11 @@ STORED = Stored(
 
 
 def test_a_resumed_run_has_the_flags_of_before():
-    ours = config("--resume x.pth --batch_size 3 --epochs 9", STORED)
+    ours = config("--resume o/x.pth --batch_size 3 --epochs 9", STORED)
     assert (ours.backbone, ours.dataset_file, ours.coco_path) == ("resnet101", "coco", "there")
     assert (ours.lr, ours.batch_size, ours.epochs, ours.output_dir) == (5e-4, 3, 9, "o")
     assert not ours.eval
+    assert config("--resume elsewhere/x.pth", STORED).output_dir == ""  # it has moved, or lies
     assert config("--resume x.pth --coco_path here", STORED).coco_path == "here"
     own = "--train_images a --train_annotations b --val_images c --val_annotations d"
     assert config(f"--resume x.pth {own}", STORED).coco_path == ""
@@ -139,6 +140,24 @@ def test_the_drop_of_the_learning_rate_may_be_a_share_of_the_epochs():
     assert config("--epochs 30 --lr_drop 25").lr_drop_epoch == 25
 
 
+def test_stored_values_that_no_flag_could_have_are_passed_over():
+    run = {**RUN, "lr": "fast", "evaluator": "mine", "batch_size": True, "unheard_of": 1}
+    ours = config("--resume x.pth", Stored({}, {**run, "batch_size": 7.5}))
+    assert (ours.lr, ours.evaluator, ours.batch_size, ours.image_size) == (1e-4, "hotcoco", 2, 320)
+
+
+def test_the_folder_that_a_command_line_writes_to():
+    assert output_dir({}) == "outputs/shapes"
+    assert output_dir({"output_dir": "o", "coco_path": "C"}) == "o"
+    assert output_dir({"coco_path": "C"}) == output_dir({"train_images": "C"}) == ""
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="this version of detr_fast runs one process"):
+        config("")
+
+
 def test_data_path_is_another_name_of_coco_path():
     assert config("--data_path D").coco_path == "D"
     assert config("--data_path D").dataset_file == "coco"
@@ -159,7 +178,14 @@ def test_evaluation_writes_only_where_it_is_told():
         ("--dataset_file coco", "--dataset_file coco needs --coco_path"),
         ("--eval", "evaluation needs --resume"),
         ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
-        ("--lr nan", "--lr: expected at least 0, got nan"),
+        ("--lr nan", "--lr: expected a finite number, got nan"),
+        ("--set_cost_bbox inf", "--set_cost_bbox: expected a finite number, got inf"),
+        ("--eos_coef -1", "--eos_coef: expected at least 0, got -1.0"),
+        ("--set_cost_class 0 --set_cost_bbox 0 --set_cost_giou 0", "all of them are 0"),
+        (
+            "--coco_path C --position_embedding learned --dilation",
+            "images are up to 1333 pixels long: lower --image_size",
+        ),
         ("--lr fast", "argument --lr: invalid float value: 'fast'"),
         ("--nheads 7", "--hidden_dim: expected a multiple of nheads"),
         ("--batch 4", "unrecognized arguments: --batch 4"),
@@ -169,12 +195,10 @@ def test_evaluation_writes_only_where_it_is_told():
         ("--coco_path a --val_images b", "--coco_path and --val_images both name the data"),
         ("--dataset_file coco", "or --train_images, --train_annotations, --val_images, --val_ann"),
         ("--resume a --finetune b", "give one of the two"),
-        ("--resume auto --coco_path c", "--resume auto looks into --output_dir"),
         ("--eval --resume a --finetune b", "give one of the two"),
         ("--ema_decay 1", "--ema_decay: expected less than 1, got 1.0"),
         ("--seed 4294967296", r"--seed: expected less than 2\*\*32"),
         ("--lr_drop 0", "--lr_drop: expected epochs or a share of them, got 0.0"),
-        ("--lr_drop nan", "--lr_drop: expected at least 0, got nan"),
         ("--keep_checkpoints 0", "--keep_checkpoints: expected at least 1, got 0"),
     ],
 )

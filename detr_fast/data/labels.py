@@ -47,7 +47,7 @@ class LabelMap:
         """
         if categories == COCO_CATEGORIES:
             return cls(dict(COCO_CATEGORIES), COCO_NUM_CLASSES)
-        named = _distinct(categories)
+        named = distinct(categories)
         return cls(dict(enumerate(named[i] for i in sorted(named))), len(named))
 
     @classmethod
@@ -59,12 +59,12 @@ class LabelMap:
         """
         if outside := [label for label in names if not 0 <= label < num_classes]:
             raise ValueError(f"class {outside[0]} is not one of {num_classes} classes")
-        return cls(_distinct(names), num_classes)
+        return cls(distinct(names), num_classes)
 
     def labels_of(self, categories: Mapping[int, str]) -> dict[int, int]:
         """Category id to label, for those of a file's categories (id to name) that have one."""
         label_of = {name: label for label, name in self.names.items()}
-        named = _distinct(categories)
+        named = distinct(categories)
         return {i: label_of[name] for i, name in named.items() if name in label_of}
 
     def category_ids_of(self, categories: Mapping[int, str]) -> dict[int, int]:
@@ -72,7 +72,7 @@ class LabelMap:
         return {label: i for i, label in self.labels_of(categories).items()}
 
 
-def _distinct(names: Mapping[int, str]) -> dict[int, str]:
+def distinct(names: Mapping[int, str]) -> dict[int, str]:
     """Names by id, with the id added to those that are not unique."""
     named = dict(names)
     while len(repeated := {n for n, count in Counter(named.values()).items() if count > 1}):

@@ -41,7 +41,7 @@ def train_transforms(short_side: int = SHORT_SIDE) -> Transform:
         short_side (int): largest short side in pixels; all sizes are in proportion to it.
     """
     v2 = _transforms_v2()
-    scales, (longest,) = _scaled(SCALES, short_side), _scaled((MAX_SIZE,), short_side)
+    scales, longest = _scaled(SCALES, short_side), longest_side(short_side)
     before_crop, crop = _scaled((400, 500, 600), short_side), _scaled((384, 600), short_side)
     cropped = [Resize(before_crop), RandomSizeCrop(*crop), Resize(scales, longest)]
     transform: Transform = v2.Compose(
@@ -60,9 +60,14 @@ def eval_transforms(short_side: int = SHORT_SIDE) -> Transform:
     Args:
         short_side (int): in pixels.
     """
-    resize = Resize((short_side,), *_scaled((MAX_SIZE,), short_side))
+    resize = Resize((short_side,), longest_side(short_side))
     transform: Transform = _transforms_v2().Compose([resize, ToModelInput()])
     return transform
+
+
+def longest_side(short_side: int) -> int:
+    """Pixels that no side of an image exceeds whose short side is at most ``short_side``."""
+    return _scaled((MAX_SIZE,), short_side)[0]
 
 
 def _scaled(sizes: Sequence[int], short_side: int) -> tuple[int, ...]:

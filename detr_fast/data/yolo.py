@@ -254,7 +254,7 @@ def _from_yaml(file: Path, content: Any) -> YoloFolder:
         root = file.parent
     data = YoloFolder(file, root, names=_names(file, content), names_from=file.name)
     shape = content.get("kpt_shape")
-    if isinstance(shape, list) and all(isinstance(number, int) for number in shape):
+    if isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape):
         data.keypoints = math.prod(shape)
     for split, keys in SPLIT_FOLDERS.items():
         written = next((content[key] for key in keys if content.get(key)), None)

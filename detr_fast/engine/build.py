@@ -14,6 +14,7 @@ from detr_fast.criterion import SetCriterion, loss_weights
 from detr_fast.data.batch import collate
 from detr_fast.data.labels import COCO_CATEGORIES, COCO_NUM_CLASSES
 from detr_fast.data.sampler import SeededSamples, ShuffledBatches
+from detr_fast.data.validate import one_line
 from detr_fast.engine.log import say
 from detr_fast.engine.random_state import seed_everything
 from detr_fast.matcher import build_matcher
@@ -127,6 +128,9 @@ def load_starting_weights(
 
     Returns:
         bool: whether a run goes on from where the checkpoint stands.
+
+    Raises:
+        UsageError: if ``--resume`` names a run on data with other classes.
     """
     if checkpoint is None:
         load_backbone_weights(model, config.backbone_weights)
@@ -135,10 +139,15 @@ def load_starting_weights(
     stored = model_config_from_checkpoint(checkpoint)
     same_head = stored is None or stored.num_classes == model.config.num_classes
     state = checkpoint.keys() >= {"optimizer", "lr_scheduler", "epoch"}
-    if config.resume and state and same_head and earlier in (None, names):
+    source = config.resume or config.finetune
+    if config.resume and state:
+        if not same_head or earlier not in (None, names):
+            raise UsageError(
+                f"{source} is a run on data with other classes than these: start from its weights "
+                "with --finetune, into another --output_dir"
+            )
         load_weights(model, checkpoint)
         return True
-    source = config.resume or config.finetune
     for part in load_fitting_weights(model, evaluated_weights(checkpoint), names, earlier):
         say(f"{source}: {part}")
     say(f"{source}: all other weights are loaded; training starts with a new optimizer")
@@ -148,13 +157,12 @@ def load_starting_weights(
 def class_names_of(checkpoint: dict[str, Any]) -> dict[int, str] | None:
     """Label -> name of a checkpoint; None where nothing tells the names.
 
-    Bare weights with 91 classes are taken for the published ones, which know those of COCO.
+    The original's checkpoints name no classes; with 91 of them they are taken for those of COCO.
     """
     if "class_names" in checkpoint:
-        return dict(checkpoint["class_names"])
+        return {label: one_line(name) for label, name in checkpoint["class_names"].items()}
     model = model_config_from_checkpoint(checkpoint)
-    published = model and model.num_classes == COCO_NUM_CLASSES and not checkpoint.get("args")
-    return dict(COCO_CATEGORIES) if published else None
+    return dict(COCO_CATEGORIES) if model and model.num_classes == COCO_NUM_CLASSES else None
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:

@@ -9,11 +9,12 @@ from torch.utils.data import Dataset
 from detr_fast.config import Config, UsageError
 from detr_fast.data.annotations import CocoAnnotations, DatasetError, read_json
 from detr_fast.data.coco import CocoDetection
-from detr_fast.data.labels import LabelMap
+from detr_fast.data.labels import LabelMap, distinct
 from detr_fast.data.layouts import Source, find_layout
 from detr_fast.data.shapes import ShapesDetection
 from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.data.validate import DataReport, leave_out_missing_images
+from detr_fast.engine.build import class_names_of
 from detr_fast.engine.log import say
 from detr_fast.models.checkpoint import CheckpointError, model_config_from_checkpoint
 from detr_fast.models.model_config import ModelConfig
@@ -59,7 +60,8 @@ def read_datasets(
     if config.dataset_file == "shapes":
         shapes = [ShapesDetection(split, augment=split == "train") for split in splits]
         if checkpoint is not None:
-            labels_of_checkpoint(config, checkpoint, ShapesDetection.class_names)
+            names = ShapesDetection.class_names
+            labels_of_checkpoint(config, checkpoint, names, set(names))
         return [(dataset, DataReport("shapes")) for dataset in shapes]
     sources = _sources(config, splits)
     reports = {split: DataReport(str(source.annotations)) for split, source in sources.items()}
@@ -70,8 +72,8 @@ def read_datasets(
     if checkpoint is None:
         labels = LabelMap.from_categories(first.class_names)
     else:
-        used = {label: first.class_names[label] for label in set(first.labels.tolist())}
-        labels = labels_of_checkpoint(config, checkpoint, used)
+        used = set(first.labels.tolist())
+        labels = labels_of_checkpoint(config, checkpoint, first.class_names, used)
     datasets = [
         CocoDetection(
             sources[split].images,
@@ -137,39 +139,47 @@ def say_unusable_images(*datasets: Dataset) -> None:
 
 
 def labels_of_checkpoint(
-    config: Config, checkpoint: dict[str, Any], categories: dict[int, str]
+    config: Config, checkpoint: dict[str, Any], categories: dict[int, str], used: set[int]
 ) -> LabelMap:
     """The labels of a checkpoint to be evaluated on data with these categories.
 
-    Classes are compared by name where the checkpoint names them. Where it does not, its labels are
-    taken as category ids, which they are in the original and its published weights.
+    Classes are compared by name. Where the checkpoint names none, and the data are not of COCO, its
+    labels are taken as category ids, as the original has it.
+
+    Args:
+        config (Config): the flags.
+        checkpoint (dict): the content of the file of ``--resume``.
+        categories (dict[int, str]): category id -> name of the data.
+        used (set[int]): ids of those that have a box.
 
     Raises:
-        UsageError: if the checkpoint does not know a class of the data.
+        UsageError: if the checkpoint does not know a class that has a box.
     """
     model = model_config_from_checkpoint(checkpoint)
     num_classes = model.num_classes if model else ModelConfig().num_classes
-    if "class_names" in checkpoint:
+    names = class_names_of(checkpoint)
+    if names is not None:
         try:
-            labels = LabelMap.from_names(checkpoint["class_names"], num_classes)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{config.resume}: its class_names are malformed: {error}"
-            ) from error
-        known = labels.labels_of(categories)
-        if missing := [name for label, name in categories.items() if label not in known]:
+            labels = LabelMap.from_names(names, num_classes)
+        except ValueError as error:
+            raise CheckpointError(f"{config.resume}: its class_names: {error}") from error
+        missing = used - labels.labels_of(categories).keys()
+        if not missing:
+            return labels
+        if "class_names" in checkpoint:
             raise UsageError(
                 f"{config.resume} knows {_listed(list(labels.names.values()))}; the data have "
-                f"{_listed(missing)}: evaluate it on the data it was made for, or train on these "
-                "with --finetune"
+                f"{_listed([categories[i] for i in sorted(missing)])}: evaluate it on the data it "
+                "was made for, or train on these with --finetune"
             )
-        return labels
-    if max(categories, default=0) >= num_classes:
+    if max(used, default=0) >= num_classes:
         raise UsageError(
             f"{config.resume} was trained for {num_classes} classes, the data have category ids "
-            f"up to {max(categories)}: evaluate it on the data it was made for"
+            f"up to {max(used)}: evaluate it on the data it was made for"
         )
-    return LabelMap.from_names(categories, num_classes)
+    say(f"warning: {config.resume} names no classes: its labels are taken as category ids")
+    named = distinct(categories)
+    return LabelMap({i: named[i] for i in named if i < num_classes}, num_classes)
 
 
 def _listed(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 """Evaluation: losses, detections and COCO AP over a data set."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import Config
 from detr_fast.criterion import SetCriterion
+from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import (
     build_criterion,
     build_device,
@@ -87,7 +88,8 @@ def evaluate(
     evaluator: str = "hotcoco",
     print_freq: int = 10,
     keep: int = 12,
-) -> Evaluation:
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Run the model over all batches and score its detections.
 
     Args:
@@ -99,6 +101,14 @@ def evaluate(
         evaluator (str): ``"hotcoco"`` or ``"pycocotools"``.
         print_freq (int): batches between two lines of the log.
         keep (int): how many images' detections to return.
+        stopped (Callable): asked before every batch whether to end without a result.
+
+    Returns:
+        Evaluation | None: None if it was stopped.
+
+    Raises:
+        DatasetError: if not one image can be used.
+        TrainingDivergedError: if predictions are not finite.
     """
     model.eval()
     criterion.eval()
@@ -109,6 +119,8 @@ def evaluate(
     postprocess = PostProcess()
     samples: dict[int, dict[str, Tensor]] = {}
     for batch in log.log_every(loader, print_freq, "Test:"):
+        if stopped():
+            return None
         if batch is None:
             continue
         images, targets = batch[0], to_device(batch[1], device)
@@ -121,6 +133,10 @@ def evaluate(
         for image_id in list(found)[: keep - len(samples)]:
             samples[image_id] = {k: v.cpu() for k, v in found[image_id].items()}
         scores.update(found)
+    if stopped():
+        return None
+    if not log.meters["loss"].count:
+        raise DatasetError("no image to evaluate can be used: see the warnings above")
     log.say(f"Averaged stats: {log}")
     result = scores.summarize()
     log.say(result.table())

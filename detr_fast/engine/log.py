@@ -128,6 +128,11 @@ class SmoothedValue:
         self.read([self])
         return self._total / self._count if self._count else math.nan
 
+    @property
+    def count(self) -> int:
+        """How many values there were, each with its weight."""
+        return self._count + sum(n for _, n in self._unread)
+
     def state(self) -> dict[str, Any]:
         """The series as plain numbers, for a checkpoint."""
         self.read([self])

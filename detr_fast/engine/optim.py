@@ -131,16 +131,28 @@ class Learner:
         decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
+    def _check_moments(self) -> None:
+        for parameter, state in self.optimizer.state.items():
+            shapes = {state[key].shape for key in ("exp_avg", "exp_avg_sq")}
+            if shapes != {parameter.shape}:
+                raise ValueError(f"moments of shape {shapes} for weights of {parameter.shape}")
+
     def state_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint; the names are those of facebookresearch/detr."""
         state = {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.schedule.state_dict(),
             "steps": self.steps,
+            "learning": self._learning(),
         }
         if self.average is not None:
             state["ema"] = self.average.module.state_dict()
         return state
+
+    def _learning(self) -> list[list[str]]:
+        """Names of the parameters of each group of the optimizer."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return [[names[id(p)] for p in g["params"]] for g in self.optimizer.param_groups]
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Continue from a checkpoint; rates, drop and decay are nevertheless those of the flags.
@@ -148,22 +160,31 @@ class Learner:
         Raises:
             UsageError: if other parameters learn than in the run that wrote it.
         """
-        ours = [len(group["params"]) for group in self.optimizer.param_groups]
-        theirs = [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]]
-        if ours != theirs:
+        groups, stored = self.optimizer.param_groups, checkpoint["optimizer"]
+        ours = self._learning()
+        theirs = checkpoint.get("learning", ours)
+        sizes = [
+            [len(group["params"]) for group in side] for side in (groups, stored["param_groups"])
+        ]
+        if theirs != ours or sizes[0] != sizes[1]:
             raise UsageError(
-                f"--resume: {sum(ours)} parameters learn, in the run before it were {sum(theirs)}: "
-                "give the same --freeze and --lr_backbone, or start anew with --finetune"
+                f"--resume: {sum(sizes[0])} parameters learn, in the run before it were "
+                f"{sum(sizes[1])}, not all the same: give the same --freeze and --lr_backbone, or "
+                "start anew with --finetune"
             )
-        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["lr_scheduler"])
-        self.schedule.step_size = self.config.lr_drop_epoch
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] *= rate / group["initial_lr"] if group["initial_lr"] else 1
-            group["initial_lr"] = rate
-            group["weight_decay"] = self.config.weight_decay
-        self.schedule.base_lrs = rates
+        own = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
+        self._check_moments()
+        drops = checkpoint["lr_scheduler"]
+        last = drops["last_epoch"]
+        for group, before in zip(self.optimizer.param_groups, stored["param_groups"], strict=True):
+            rate = (group["initial_lr"], self.schedule.step_size)
+            if rate == (before.get("initial_lr"), drops.get("step_size")):
+                group["lr"] = before["lr"]  # to the bit
+            else:
+                group["lr"] = rate[0] * 0.1 ** (last // rate[1])
+        self.schedule.last_epoch, self.schedule._step_count = last, last + 1
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         self.steps = checkpoint.get("steps", 0)
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint.get("ema", checkpoint["model"]))

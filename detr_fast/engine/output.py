@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from detr_fast.config import UsageError
 from detr_fast.engine.evaluate import Evaluation
-from detr_fast.engine.log import JsonLog
+from detr_fast.engine.log import JsonLog, read_log
 from detr_fast.models.checkpoint import write_checkpoint
 from detr_fast.models.checksum import with_digests
 from detr_fast.reference.boxes import box_cxcywh_to_xyxy
@@ -22,12 +23,15 @@ class OutputFolder:
     ``checkpoint_previous.pth`` (the one before), ``checkpoint_best.pth`` (the highest AP),
     ``checkpointNNNN.pth`` (milestones), ``eval/latest.pth`` and ``eval/NNN.pth`` (precision and
     recall), ``curves.png`` and ``detections.png``. Every file is complete at any time: it is
-    written aside, then renamed.
+    written aside and then renamed, but for ``log.txt``, which grows by whole lines.
 
     Args:
         path (str): the folder; it is made.
         start_epoch (int): the first epoch of this run; what ``log.txt`` has of later ones goes.
         keep (int): how many of the last checkpoints are kept, at least 1.
+
+    Raises:
+        UsageError: if the folder holds a ``log.txt`` of something else.
     """
 
     def __init__(self, path: str, start_epoch: int = 0, keep: int = 1) -> None:
@@ -35,6 +39,16 @@ class OutputFolder:
         self.path = Path(path) if path else None
         if self.path:
             (self.path / "eval").mkdir(parents=True, exist_ok=True)
+            for abandoned in self.path.glob(".checkpoint*.tmp"):  # of a run killed while it wrote
+                abandoned.unlink()
+            try:
+                if (log := self.path / "log.txt").exists():
+                    read_log(log)
+            except ValueError as error:
+                raise UsageError(
+                    f"--output_dir {path} holds a log of something else ({error}): name another "
+                    "folder"
+                ) from error
             self._log = JsonLog(self.path / "log.txt", start_epoch=start_epoch)
 
     def write_log(self, record: dict[str, Any]) -> None:
@@ -47,9 +61,10 @@ class OutputFolder:
         """Write ``checkpoint.pth`` and its copies ``checkpoint<name>.pth``, with checksums."""
         if self.path:
             state = with_digests(state)
-            write_checkpoint(state, self.path / "checkpoint.pth", self._keep)
             for name in names:
                 write_checkpoint(state, self.path / f"checkpoint{name}.pth")
+            # last: from here on a resumed run takes the others for written
+            write_checkpoint(state, self.path / "checkpoint.pth", self._keep)
 
     def write_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
         """Write precision and recall to ``eval/latest.pth``; every 50 epochs keep ``NNN.pth``."""

@@ -20,7 +20,8 @@ def seed_everything(seed: int, *, deterministic: bool = False) -> None:
         seed (int): in [0, 2**32).
         deterministic (bool): only deterministic algorithms. An operation that has none raises.
     """
-    seed = (seed + int(os.environ.get("RANK", "0"))) % 2**32
+    rank = os.environ.get("RANK", "")
+    seed = (seed + (int(rank) if rank.isdecimal() else 0)) % 2**32
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)

@@ -25,7 +25,8 @@ def newest_checkpoint(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     while (older := generation(newest, len(files))).exists():
         files.append(older)
     milestones = sorted(newest.parent.glob("checkpoint[0-9]*.pth"), reverse=True)
-    present = [file for file in [*files, *milestones] if file.exists()]
+    best = newest.with_name("checkpoint_best.pth")
+    present = [file for file in [*files, *milestones, best] if file.exists()]
     reasons = []
     for file in present:
         try:

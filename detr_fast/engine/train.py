@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from detr_fast.config import Config
+from detr_fast.config import Config, UsageError
 from detr_fast.criterion import SetCriterion
 from detr_fast.engine.build import (
     build_criterion,
@@ -165,7 +165,9 @@ class Run:
             try:
                 self.learner.load_state_dict(checkpoint)
                 self.progress = self.progress.resumed(checkpoint)
-            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except UsageError:
+                raise
+            except Exception as error:  # a file from elsewhere can fail in any line
                 raise CheckpointError(
                     f"{config.resume}: its training state does not fit ({error!r}): start from its "
                     "weights with --finetune"
@@ -227,7 +229,6 @@ class Run:
         an epoch leaves is missing.
         """
         config, epoch = self.config, self.progress.epoch
-        self.learner.schedule.step()
         evaluation = evaluate(
             self.learner.evaluated,
             self.criterion,
@@ -235,7 +236,10 @@ class Run:
             self.device,
             evaluator=config.evaluator,
             print_freq=config.print_freq,
+            stopped=lambda: bool(self.stop.signal),
         )
+        if evaluation is None:  # the last checkpoint stands before it
+            return
         record = {
             **{f"train_{name}": value for name, value in log.averages().items()},
             **{f"test_{name}": value for name, value in evaluation.metrics.items()},
@@ -243,6 +247,7 @@ class Run:
             "epoch": epoch,
             "n_parameters": self.parameters,
         }
+        self.learner.schedule.step()
         self.output.write_evaluation(epoch, evaluation)
         self.output.draw(self.val_set, evaluation)
         self.output.write_log(record)
@@ -269,7 +274,7 @@ class Run:
         say(f"number of params: {self.parameters}")
         if self.progress.epoch >= config.epochs:
             seen = self.progress.epoch
-            say(f"nothing to train: {config.resume} has seen {seen} of --epochs {config.epochs}")
+            say(f"nothing to train: {seen} of --epochs {config.epochs} are done")
         elif config.lr_drop_epoch >= config.epochs:
             say(
                 f"the learning rates stay as they are: --lr_drop {config.lr_drop:g} is not within "
@@ -303,9 +308,13 @@ def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
 
     Args:
         config (Config): the flags.
-        checkpoint (dict, optional): the content of the file of ``--resume`` or ``--finetune``.
+        checkpoint (dict, optional): the content of the file of ``--resume`` or ``--finetune``;
+            it is emptied.
 
     Returns:
         int: exit code of the program; 130 after Ctrl-C, 143 after SIGTERM.
     """
-    return Run(config, checkpoint)()
+    run = Run(config, checkpoint)
+    if checkpoint is not None:
+        checkpoint.clear()  # the run has what it needs; the caller need not hold a copy meanwhile
+    return run()

@@ -15,15 +15,12 @@ from urllib.parse import urlparse
 import torch
 from torch import Tensor, nn
 
+from detr_fast.models.checkpoint_entries import CheckpointError, validated
 from detr_fast.models.checksum import damaged_entries
 from detr_fast.models.model_config import ModelConfig
 
 SHOWN = 5  # keys named in full in a message
 FIELDS = {field.name for field in fields(ModelConfig)}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read or does not fit; the message names the file and the remedy."""
 
 
 def read_checkpoint(source: str | os.PathLike[str]) -> dict[str, Any]:
@@ -80,6 +77,7 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: expected a dict with the key 'model' or a state dict, "
             f"found a {type(checkpoint).__name__}: save model.state_dict()"
         )
+    checkpoint = validated(checkpoint, str(path))
     if damaged := damaged_entries(checkpoint):
         raise CheckpointError(
             f"{path}: damaged: the checksum of {', '.join(damaged)} does not match: take a copy of "
@@ -96,6 +94,12 @@ def _why_unreadable(path: Path, error: Exception) -> str:
             f"torch cannot read it ({error}): read it with safetensors.torch.load_file and convert "
             "it with detr_fast.models.transformers_keys.from_transformers"
         )
+    with path.open("rb") as file:
+        start = file.read(40)
+    if not start:
+        return "the file is empty: copy or download it again"
+    if not start.startswith((b"PK", b"\x80")):  # torch's archives, and pickles before them
+        return f"no checkpoint: it starts with {start!r}; copy or download it again"
     refused = re.search(r"GLOBAL ([\w.]+)|Unsupported operand (\d+)", str(error))
     if refused:
         held = refused[1] or f"pickle instruction {refused[2]}"
@@ -132,13 +136,24 @@ def write_checkpoint(
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        for age in range(keep - 1, 0, -1):
+        for age in range(keep - 1, 1, -1):
             if generation(path, age - 1).exists():
                 os.replace(generation(path, age - 1), generation(path, age))
+        if keep > 1 and path.exists():
+            _keep_as(generation(path, 1), path)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep_as(older: Path, path: Path) -> None:
+    """Give the file a second name, so that it is there until the new one takes its place."""
+    older.unlink(missing_ok=True)
+    try:
+        os.link(path, older)
+    except OSError:  # a file system without hard links
+        os.replace(path, older)
 
 
 def generation(path: Path, age: int) -> Path:
@@ -265,6 +280,8 @@ def _fields_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
         layer = re.compile(rf"transformer\.{stack}\.layers\.(\d+)\.")
         return len({found[1] for key in state if (found := layer.match(key))})
 
+    if any(state[key].dim() < 2 for key in needed):
+        raise CheckpointError("its weights have not the shapes of a DETR")
     shown = {
         "num_classes": len(state["class_embed.weight"]) - 1,
         "num_queries": len(state["query_embed.weight"]),
@@ -278,7 +295,10 @@ def _fields_from_shapes(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     }
     if shown["dec_layers"] == 0:
         return None
-    shown["dim_feedforward"] = len(state["transformer.decoder.layers.0.linear1.weight"])
+    feedforward = state.get("transformer.decoder.layers.0.linear1.weight")
+    if feedforward is None or feedforward.dim() < 2:
+        raise CheckpointError("its weights have not the shapes of a DETR")
+    shown["dim_feedforward"] = len(feedforward)
     if shown["enc_layers"]:
         shown["pre_norm"] = "transformer.encoder.norm.weight" in state
     return shown

@@ -40,24 +40,27 @@ def load_fitting_weights(
     """
     own, state = model.state_dict(), weights_of(checkpoint)
     said = []
-    ours, theirs = (len(s[CLASS_HEAD[0]]) - 1 if CLASS_HEAD[0] in s else 0 for s in (own, state))
+    ours, theirs = (_rows(s, CLASS_HEAD[0]) - 1 for s in (own, state))
     same = dict(names) == dict(earlier_names) if earlier_names is not None else True
-    if theirs and not (ours == theirs and same):
+    if theirs > 0 and not (ours == theirs and same):
         rows = _common_rows(names, earlier_names or {})
-        state |= {key: _merged(own[key], state[key], rows) for key in CLASS_HEAD}
+        state |= {k: _merged(own[k], state[k], rows) for k in CLASS_HEAD if k in state}
         kept = f"; {len(rows)} of them known by name are kept" if rows else ""
         said.append(
             f"class head: the checkpoint has {_listed(theirs, earlier_names)}, the data have "
             f"{_listed(ours, names)}: it starts anew{kept}"
         )
-    if QUERIES in state and state[QUERIES].shape != own[QUERIES].shape:
-        said.append(
-            f"queries: the checkpoint has {len(state[QUERIES])}, the model {len(own[QUERIES])}: "
-            "they start anew"
-        )
+    ours, theirs = (_rows(s, QUERIES) for s in (own, state))
+    if theirs not in (0, ours):
+        said.append(f"queries: the checkpoint has {theirs}, the model {ours}: they start anew")
         state[QUERIES] = own[QUERIES]
     load_weights(model, state)
     return said
+
+
+def _rows(state: Mapping[str, Tensor], key: str) -> int:
+    """Rows of a matrix; 0 where there is none."""
+    return len(state[key]) if key in state and state[key].dim() == 2 else 0
 
 
 def _common_rows(names: Mapping[int, str], earlier: Mapping[int, str]) -> dict[int, int]:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a DETR is made of; field names and defaults are the flags of the original ``main.py``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 BACKBONES = ("resnet50", "resnet101", "tiny")
 POSITION_EMBEDDINGS = ("sine", "learned")
+LARGEST = 1_000_000  # of any size; a file from elsewhere shall not fill the memory
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,13 @@ class ModelConfig:
     aux_loss: bool = True
 
     def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, wanted = (
+                getattr(self, entry.name),
+                (int, float) if entry.type is float else entry.type,
+            )
+            if not isinstance(value, wanted) or (type(value) is bool) != (entry.type is bool):
+                raise ValueError(f"{entry.name}: expected {entry.type.__name__}, got {value!r:.60}")
         for name, known in (("backbone", BACKBONES), ("position_embedding", POSITION_EMBEDDINGS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
@@ -54,8 +62,10 @@ class ModelConfig:
         for name in (*at_least_one, "num_queries"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
-        if self.enc_layers < 0:
-            raise ValueError(f"enc_layers: expected at least 0, got {self.enc_layers}")
+            if value > LARGEST:
+                raise ValueError(f"{name}: expected at most {LARGEST}, got {value}")
+        if not 0 <= self.enc_layers <= LARGEST:
+            raise ValueError(f"enc_layers: expected 0 to {LARGEST}, got {self.enc_layers}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if self.hidden_dim % self.nheads or self.hidden_dim % 4:

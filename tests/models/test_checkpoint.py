@@ -139,7 +139,9 @@ def test_truncated_file_is_named(tmp_path, kept, zipped):
         {"model": nn.Linear(50, 50).state_dict()}, path, _use_new_zipfile_serialization=zipped
     )
     path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
-    with pytest.raises(CheckpointError, match=r"short\.pth: not a checkpoint .* or damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"short\.pth: (not a checkpoint .* or damaged|the file is empty)"
+    ):
         read_checkpoint(path)
 
 

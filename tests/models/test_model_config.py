@@ -13,7 +13,7 @@ from detr_fast.models import ModelConfig
         ("position_embedding", "v2", "position_embedding: expected one of sine, learned"),
         ("num_classes", 0, "num_classes: expected at least 1, got 0"),
         ("dec_layers", 0, "dec_layers: expected at least 1"),
-        ("enc_layers", -1, "enc_layers: expected at least 0"),
+        ("enc_layers", -1, "enc_layers: expected 0 to 1000000, got -1"),
         ("dropout", 1.0, r"dropout: expected a probability in \[0, 1\), got 1.0"),
         ("nheads", 7, r"hidden_dim: expected a multiple of nheads \(7\) and of 4, got 256"),
     ],
