@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How DETR's weights are updated: AdamW with two learning rates, divided by 10 at times."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -109,6 +110,13 @@ class Learner:
         self.updated = batch == last
         if self.updated:
             self._update()
+
+    def end_epoch(self) -> None:
+        """Let the learning rates follow the schedule."""
+        with warnings.catch_warnings():
+            # a run that goes on between training and evaluation has made no update of its own yet
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.schedule.step()
 
     def _update(self) -> None:
         if self.config.clip_max_norm > 0:

@@ -247,7 +247,7 @@ class Run:
             "epoch": epoch,
             "n_parameters": self.parameters,
         }
-        self.learner.schedule.step()
+        self.learner.end_epoch()
         self.output.write_evaluation(epoch, evaluation)
         self.output.draw(self.val_set, evaluation)
         self.output.write_log(record)
