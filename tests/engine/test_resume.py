@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run that is killed and resumed is the run that was never interrupted, bit by bit."""
 
+import os
 import random
 import re
 import signal
@@ -38,13 +39,14 @@ def command(data, folder):
     return flags + "--checkpoint_steps 1 --print_freq 1 --device cpu --resume auto"
 
 
-def start(arguments):
+def start(arguments, **options):
     program = "import sys; from detr_fast.cli import main; sys.exit(main())"
     return subprocess.Popen(
         [sys.executable, "-c", program, "train", *arguments.split()],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
 
 
@@ -205,3 +207,17 @@ def test_random_numbers_go_on(tmp_path):
     begun.resumed(read_checkpoint(tmp_path / "x.pth"))
     assert torch.equal(torch.rand(5), expected[0])
     assert random.random() == expected[1]
+
+
+def test_sigterm_to_all_processes_of_a_run(data, uninterrupted, tmp_path):
+    """As a scheduler sends it: to the loader's workers, too."""
+    run = start(command(data, tmp_path), start_new_session=True)
+    printed = []
+    for line in run.stdout:
+        printed.append(line)
+        if line.startswith(f"Epoch: [1]  [1/{BATCHES}]"):
+            os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait() == 128 + signal.SIGTERM, "".join(printed)
+    assert "stopped; continue with --resume" in printed[-1]
+    finish(command(data, tmp_path))
+    assert_same_end(tmp_path, uninterrupted)
