@@ -23,6 +23,7 @@ from detr_fast.models.checkpoint import load_weights, model_config_from_checkpoi
 from detr_fast.models.detr import DETR, build_detr
 from detr_fast.models.finetune import load_fitting_weights
 
+GRACE = 30  # seconds that a worker lives on after SIGTERM
 # what two runs may choose differently for one and the same set of weights
 _NOT_ARCHITECTURE = {"num_classes", "dropout", "aux_loss"}
 # what the names and shapes of weights do not show
@@ -72,9 +73,11 @@ def build_device(config: Config) -> torch.device:
 
 
 def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C reaches the whole process group; a worker that died of it would break the last step
+    # Ctrl-C and a scheduler's SIGTERM reach the workers, too; one that died of it would break the
+    # last step. The main process ends its workers by SIGTERM if all else fails: hence the alarm.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def build_loader(

@@ -289,15 +289,9 @@ class Run:
                         f"{self.progress.best_epoch}) for {config.patience} epochs"
                     )
                     break
-                try:
-                    log = self.train_epoch()
-                    if not stop.signal:
-                        self.finish_epoch(log)
-                except RuntimeError as error:
-                    # a scheduler's SIGTERM may reach the loader's workers, too; where in a step
-                    # their end was noticed is unknown, so the last checkpoint stands
-                    if not (stop.signal and str(error).startswith("DataLoader worker")):
-                        raise
+                log = self.train_epoch()
+                if not stop.signal:
+                    self.finish_epoch(log)
         say_unusable_images(self.train_set, self.val_set)
         say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
         path = self.output.path
