@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts the interpreted PTX of the CUDA kernels in the place of the CPU ops.
+
+The host side of an op (``*_cuda.cpp`` and ``launch_*``) is compiled by g++ with a header that hands
+each launch over: grid, block and arguments are those of a real launch, and the kernel is the one
+that nvcc makes.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import runpy
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tests.cudasim.build import CACHE, CSRC, FLAGS, ROOT, includes, run
+from tests.cudasim.ptx import Memory, Module, run_blocks
+
+HERE = Path(__file__).absolute().parent
+ARCHITECTURE = "compute_90"
+NAMESPACE = "detr_fast_ptx"
+ANONYMOUS = re.compile(r"(\d+)(?=_GLOBAL__N_)")
+
+
+def toolkit() -> tuple[Path | None, str]:
+    """The CUDA toolkit that the build takes, or None, and the reason."""
+    return runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]()
+
+
+def once(stem: str, suffix: str, inputs: list[Path], command: list) -> Path:
+    """Run `command` with ``-o`` a file that is named by the hash of the inputs, if it is not there."""
+    key = hashlib.sha256(repr([str(part) for part in command]).encode())
+    for path in inputs:
+        key.update(path.read_bytes())
+    target = CACHE / f"{stem}-{key.hexdigest()[:16]}{suffix}"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        draft = target.with_suffix(f".{os.getpid()}{suffix}")
+        run(*command, "-o", draft)
+        draft.rename(target)
+    return target
+
+
+def sources(*folders: Path) -> list[Path]:
+    return [
+        path for folder in folders for path in sorted(folder.rglob("*.[hc]*")) if path.is_file()
+    ]
+
+
+@functools.cache
+def emitted(source: Path, home: Path) -> Module:
+    """The PTX that nvcc makes of a kernel file."""
+    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", f"-I{CSRC}", "-ptx"]
+    command = [home / "bin/nvcc", *flags, source]
+    return Module(once(source.stem, ".ptx", [*sources(CSRC), source], command).read_text())
+
+
+@functools.cache
+def product_kernels(home: Path) -> dict:
+    """Every kernel of csrc, by its readable name."""
+    modules = [emitted(source, home) for source in sorted(CSRC.rglob("*.cu"))]
+    return {demangled(name): kernel for m in modules for name, kernel in m.kernels.items()}
+
+
+@functools.cache
+def demangled(name: str) -> str:
+    """A C++ symbol in readable form, the same for g++ and nvcc."""
+    demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
+    demangle.restype = ctypes.c_char_p  # copied; the few bytes of the original are not freed
+    # nvcc puts a hash of the file into the name of the anonymous namespace
+    found = ANONYMOUS.search(name)
+    if found:
+        name = f"{name[: found.start()]}12_GLOBAL__N_1{name[found.end() + int(found[1]) :]}"
+    return demangle(name.encode(), None, None, None).decode()
+
+
+@functools.cache
+def library() -> Path:
+    """The ops of csrc with a host side that records its launches."""
+    inputs = sources(CSRC, HERE.parent)
+    names = (f"-DDETR_FAST_NAMESPACE={NAMESPACE}", "-DDETR_FAST_CUDA_KEY=CPU")
+    flags = [*FLAGS, *names, f"-I{HERE}", *includes(CSRC), "-O1", "-x", "c++", "-w"]
+    files = [CSRC / "ops.cpp", HERE / "recorder.cpp"]
+    files += sorted([*CSRC.rglob("*_cuda.cpp"), *CSRC.rglob("*.cu")])
+
+    def compile_one(source: Path) -> Path:
+        return once(f"ptx-{source.stem}", ".o", inputs, ["g++", *flags, "-c", source])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, files))
+    torch_lib = Path(torch.__file__).parent / "lib"
+    link = ["g++", "-shared", *objects, f"-L{torch_lib}", "-ltorch_cpu", "-ltorch"]
+    return once(f"lib{NAMESPACE}", ".so", objects, link)
+
+
+LAUNCH = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.c_uint64,
+    ctypes.c_int,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.POINTER(ctypes.c_size_t),
+    ctypes.c_void_p,
+)
+TRACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_int)
+UNTRACK_ALL = ctypes.CFUNCTYPE(None)
+
+
+class Callbacks(ctypes.Structure):
+    _fields_ = (("launch", LAUNCH), ("track", TRACK), ("untrack_all", UNTRACK_ALL))
+
+
+class Interpreter:
+    """Answers the recorder's calls; keeps the kernels that ran and the opcodes that were met."""
+
+    def __init__(self, home: Path):
+        self.kernels = product_kernels(home)
+        self.memory = Memory()
+        self.launched: set[str] = set()
+        self.opcodes: set[str] = set()
+        self.callbacks = Callbacks(
+            LAUNCH(self._launch), TRACK(self._track), UNTRACK_ALL(self._untrack_all)
+        )
+
+    def _launch(self, tag, sizes, shared_bytes, count, arguments, size_of, error) -> None:
+        try:
+            name = next(name for name in self.kernels if name in demangled(tag.decode()))
+            values = [ctypes.string_at(arguments[i], size_of[i]) for i in range(count)]
+            grid, block = tuple(sizes[:3]), tuple(sizes[3:6])
+            kernel = self.kernels[name]
+            met = run_blocks(kernel, grid, block, shared_bytes, values, self.memory)
+            self.opcodes |= met
+            self.launched.add(name)
+        except Exception as reason:  # an exception cannot pass through C++
+            text = f"{type(reason).__name__}: {reason}".encode()[:1000]
+            ctypes.memmove(error, text + b"\0", len(text) + 1)
+
+    def _track(self, data, size, name, writable) -> None:
+        if size:
+            array = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(data))
+            self.memory.add(array, name.decode(), bool(writable))
+
+    def _untrack_all(self) -> None:
+        self.memory = Memory()
+
+
+@contextmanager
+def interpreted(home: Path) -> Iterator[Interpreter]:
+    """Within this context the ops of detr_fast on CPU tensors run the PTX of their kernels."""
+    interpreter = Interpreter(home)
+    torch.ops.load_library(library())
+    ctypes.CDLL(library()).ptx_connect(ctypes.byref(interpreter.callbacks))
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    override = torch.library.Library("detr_fast", "IMPL")
+    try:
+        for name in sorted(n for n in names if n.startswith(f"{NAMESPACE}::")):
+            op = name.split("::")[1]
+            kernel = getattr(getattr(torch.ops, NAMESPACE), op).default
+            override.impl(op, kernel, "CPU", allow_override=True)
+        yield interpreter
+    finally:
+        override._destroy()
