@@ -205,7 +205,7 @@ class Block:
     def _release_barrier(self) -> None:
         waiting = np.flatnonzero(self.waits)
         places = np.unique(self.at[waiting])
-        guard, name, operands, where = self.kernel.code[places[0]]
+        _, name, operands, _ = self.kernel.code[places[0]]
         if len(places) > 1 or name[0] not in ("bar", "barrier") or name[1] == "warp":
             raise PtxError("deadlock: threads wait at " + self._list(places))
         if "red" in name:  # bar.red.popc.u32 d, barrier, p

@@ -8,10 +8,7 @@ that nvcc makes.
 
 import ctypes
 import functools
-import hashlib
 import os
-import re
-import runpy
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,65 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.cudasim.build import CACHE, CSRC, FLAGS, ROOT, includes, run
-from tests.cudasim.ptx import Memory, Module, run_blocks
+from tests.cudasim.build import CSRC, FLAGS, includes
+from tests.cudasim.ptx import Memory, run_blocks
+from tests.cudasim.ptx.emit import demangled, once, product_kernels, sources
 
 HERE = Path(__file__).absolute().parent
-ARCHITECTURE = "compute_90"
 NAMESPACE = "detr_fast_ptx"
-ANONYMOUS = re.compile(r"(\d+)(?=_GLOBAL__N_)")
-
-
-def toolkit() -> tuple[Path | None, str]:
-    """The CUDA toolkit that the build takes, or None, and the reason."""
-    return runpy.run_path(str(ROOT / "setup.py"))["cuda_home"]()
-
-
-def once(stem: str, suffix: str, inputs: list[Path], command: list) -> Path:
-    """Run `command` with ``-o`` a file that is named by the hash of the inputs, if it is not there."""
-    key = hashlib.sha256(repr([str(part) for part in command]).encode())
-    for path in inputs:
-        key.update(path.read_bytes())
-    target = CACHE / f"{stem}-{key.hexdigest()[:16]}{suffix}"
-    if not target.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(f".{os.getpid()}{suffix}")
-        run(*command, "-o", draft)
-        draft.rename(target)
-    return target
-
-
-def sources(*folders: Path) -> list[Path]:
-    return [
-        path for folder in folders for path in sorted(folder.rglob("*.[hc]*")) if path.is_file()
-    ]
-
-
-@functools.cache
-def emitted(source: Path, home: Path) -> Module:
-    """The PTX that nvcc makes of a kernel file."""
-    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", f"-I{CSRC}", "-ptx"]
-    command = [home / "bin/nvcc", *flags, source]
-    return Module(once(source.stem, ".ptx", [*sources(CSRC), source], command).read_text())
-
-
-@functools.cache
-def product_kernels(home: Path) -> dict:
-    """Every kernel of csrc, by its readable name."""
-    modules = [emitted(source, home) for source in sorted(CSRC.rglob("*.cu"))]
-    return {demangled(name): kernel for m in modules for name, kernel in m.kernels.items()}
-
-
-@functools.cache
-def demangled(name: str) -> str:
-    """A C++ symbol in readable form, the same for g++ and nvcc."""
-    demangle = ctypes.CDLL("libstdc++.so.6")["__cxa_demangle"]
-    demangle.restype = ctypes.c_char_p  # copied; the few bytes of the original are not freed
-    # nvcc puts a hash of the file into the name of the anonymous namespace
-    found = ANONYMOUS.search(name)
-    if found:
-        name = f"{name[: found.start()]}12_GLOBAL__N_1{name[found.end() + int(found[1]) :]}"
-    return demangle(name.encode(), None, None, None).decode()
 
 
 @functools.cache

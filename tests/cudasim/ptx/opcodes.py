@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.cudasim.ptx.block import TYPES, Block, Copy
 from tests.cudasim.ptx.memory import PtxError
-from tests.cudasim.ptx.program import Address, Instruction
+from tests.cudasim.ptx.program import Instruction
 
 
 def fused(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 """The interpreter itself: PTX written by hand against numpy, and kernels broken on purpose."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,7 +271,7 @@ def test_matrix_product_of_tensor_cores():
 
 
 BROKEN = {
-    "ld.param.u64 %a0, [x]; ld.global.u32 %r0, [%a0+128]; ret": r"out-of-bounds read of 4 bytes, \+0 bytes from the end of x",
+    "ld.param.u64 %a0, [x]; ld.global.u32 %r0, [%a0+128]; ret": r"read .* \+0 .* end of x",
     "ld.param.u64 %a0, [x]; st.global.u32 [%a0], 1; ret": "write to x, which is only read",
     "ld.param.u64 %a0, [y]; st.global.u32 [%a0+2], 1; ret": "misaligned write of 4 bytes",
     "st.shared.u32 [0], 1; ret": "out-of-bounds write",
@@ -294,10 +295,10 @@ def test_broken_kernel_is_reported(body):
 
 
 def test_unknown_instruction_is_named():
-    with pytest.raises(NotImplementedError, match="`prmt.b32"):
+    with pytest.raises(NotImplementedError, match=r"`prmt\.b32"):
         launch(kernel("prmt.b32 %r0, %r1, %r2, 12816; ret;"), 1, 32, *np.zeros((3, 32), np.int32))
 
 
 def test_every_instruction_is_tested():
-    text = " ".join([*INTEGER, *FLOAT, *WARP, BINARY, open(__file__).read()])
+    text = " ".join([*INTEGER, *FLOAT, *WARP, BINARY, Path(__file__).read_text()])
     assert not [opcode for opcode in (*EXECUTE, *MEET) if f"{opcode}." not in text]

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 
 import detr_fast
 from tests.cudasim.ptx import Memory
-from tests.cudasim.ptx.interpreted import interpreted, product_kernels, toolkit
+from tests.cudasim.ptx.emit import product_kernels, toolkit
+from tests.cudasim.ptx.interpreted import interpreted
 
 # nvcc contracts products and sums; sums are added in another order
 TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
