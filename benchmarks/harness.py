@@ -10,9 +10,8 @@ import argparse
 import functools
 import importlib
 import json
-import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -26,7 +25,8 @@ from benchmarks.report import records_table
 from benchmarks.timing import Run, Time, time_all, time_on_gpu
 
 HERE = Path(__file__).resolve().parent
-SECONDS, QUICK_SECONDS = 0.5, 0.02  # spent on each contender
+SECONDS = {"cpu": 0.5, "cuda": 0.2}  # spent on each contender
+QUICK_SECONDS = 0.02
 
 Check = Callable[[Any, Any], None]
 
@@ -38,7 +38,7 @@ class Contender:
     Args:
         run (Callable): a call without arguments, which is timed.
         checked (Callable): returns what is compared; ``run`` unless that is random.
-        slow_start (bool): compiles first; left out where nothing is timed.
+        slow_start (bool): compiles first; left out of quick runs and where nothing is timed.
         waits (bool): synchronises with the GPU, so that no CUDA graph can hold it.
     """
 
@@ -110,11 +110,16 @@ def within_norm(limit: float) -> Check:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``torch.compile`` for the very shapes of one case."""
-    return torch.compile(function, dynamic=False)
+    """``torch.compile`` for the very shapes of one case, without graph breaks.
+
+    What earlier cases compiled is forgotten: the guards of their shapes would cost time, and beyond
+    eight of them torch would run the function uncompiled.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def agreeing(case: Case, setup: Setup, timed: bool) -> dict[str, Contender | Missing]:
+def agreeing(case: Case, setup: Setup, slow: bool) -> dict[str, Contender | Missing]:
     """Run every contender once and assert its outputs; a peer that cannot run becomes Missing.
 
     Raises:
@@ -125,8 +130,8 @@ def agreeing(case: Case, setup: Setup, timed: bool) -> dict[str, Contender | Mis
     for name, contender in setup.contenders.items():
         if isinstance(contender, Missing):
             continue
-        if contender.slow_start and not timed:
-            result[name] = Missing("runs only where it is timed")
+        if contender.slow_start and not slow:
+            result[name] = Missing("left out: starts slowly")
             continue
         try:
             actual = contender.run()
@@ -148,42 +153,43 @@ def compare(
     case: Case, setup: Setup, device: torch.device, *, timed: bool = True, quick: bool = False
 ) -> dict[str, Any]:
     """Assert that all contenders agree, then time them; returns the record of the case."""
-    contenders = agreeing(case, setup, timed)
-    record: dict[str, Any] = {"case": case.name, "subject": next(iter(contenders))}
+    contenders = agreeing(case, setup, slow=timed and not quick)
     absent = {k: {"missing": c.reason} for k, c in contenders.items() if isinstance(c, Missing)}
     ready = {k: c for k, c in contenders.items() if isinstance(c, Contender)}
     if not timed:
-        return record | {"equal": list(ready), "peers": absent}
-    seconds = QUICK_SECONDS if quick else SECONDS
+        missing = "; ".join(f"{name} ({entry['missing']})" for name, entry in absent.items())
+        return {"case": case.name, "equal": ", ".join(ready), "missing": missing}
+    seconds = QUICK_SECONDS if quick else SECONDS[device.type]
     times = time_all({name: c.run for name, c in ready.items()}, device, seconds)
     entries = {name: _rounded(time) for name, time in times.items()}
     if device.type == "cuda":
         for name, contender in ready.items():
             entries[name] |= _gpu_time(contender, seconds)
-    ours = entries.pop(record["subject"])
+    subject = next(iter(contenders))
+    ours = entries.pop(subject)
     for name, entry in entries.items():
-        entry["ratio"] = round(times[name].us / times[record["subject"]].us, 2)
+        entry["ratio"] = round(times[name].us / times[subject].us, 2)
         if "gpu_us" in entry and "gpu_us" in ours:
             entry["gpu_ratio"] = round(entry["gpu_us"] / ours["gpu_us"], 2)
-    peers = {k: entries.get(k) or absent[k] for k in contenders if k != record["subject"]}
+    peers = {name: entries.get(name) or absent[name] for name in contenders if name != subject}
     rates = _rates(case, ours.get("gpu_us", ours["us"]), device, quick)
-    return record | ours | rates | {"peers": peers}
+    return {"case": case.name, "subject": subject} | ours | rates | {"peers": peers}
 
 
 def run_benchmark(
     subject: str, device: torch.device, *, timed: bool = True, quick: bool = False
-) -> list[dict[str, Any]]:
-    """All cases of ``bench_<subject>.py``; a case that fails leaves a record with its error."""
+) -> Iterator[dict[str, Any]]:
+    """Records of ``bench_<subject>.py``; a case that fails leaves a record with its error."""
+    if subject == "limits":
+        yield {"case": "limits", **measured_limits(device, quick)._asdict()}
+        return
     module = importlib.import_module(f"benchmarks.bench_{subject}")
-    records = []
     for case in module.cases(device, quick):
         try:
-            record = compare(case, case.build(), device, timed=timed, quick=quick)
+            yield compare(case, case.build(), device, timed=timed, quick=quick)
         except Exception as error:
             traceback.print_exc()
-            record = {"case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
-        records.append(record)
-    return records
+            yield {"case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
 
 
 def subjects() -> list[str]:
@@ -198,25 +204,27 @@ def one_thread(device: torch.device) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run benchmarks without pytest; 1 if a case failed."""
+    """Run benchmarks without pytest; returns 1 if a case failed."""
     parser = argparse.ArgumentParser(prog="python benchmarks", description=main.__doc__)
-    parser.add_argument("subject", nargs="*", help=f"of {', '.join(subjects())}; default: all")
+    known = ["limits", *subjects()]
+    parser.add_argument("subject", nargs="*", help=f"of {', '.join(known)}; default: all")
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--quick", action="store_true", help="small shapes, times that mean little")
     parser.add_argument("--equality", action="store_true", help="compare outputs, time nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
     options = parser.parse_args(argv)
-    for unknown in set(options.subject) - set(subjects()):
-        parser.error(f"no benchmark {unknown!r}; there are {', '.join(subjects())}")
+    for unknown in set(options.subject) - set(known):
+        parser.error(f"no benchmark {unknown!r}; there are {', '.join(known)}")
     one_thread(options.device)
     records = []
-    for subject in options.subject or subjects():
-        records += run_benchmark(
+    for subject in options.subject or (subjects() if options.equality else known):
+        for record in run_benchmark(
             subject, options.device, timed=not options.equality, quick=options.quick
-        )
+        ):
+            records.append(record)
+            if options.json:  # as it stands: what ends this process leaves the cases before
+                options.json.write_text(json.dumps(records, indent=1) + "\n")
     print(records_table(records))
-    if options.json:
-        options.json.write_text(json.dumps(records, indent=1) + "\n")
     return int(any("error" in record for record in records))
 
 
@@ -229,7 +237,7 @@ def _gpu_time(contender: Contender, seconds: float) -> dict[str, Any]:
         return {"no_gpu_us": "waits for the GPU"}
     try:
         return {"gpu_us": _digits(time_on_gpu(contender.run, seconds).us)}
-    except RuntimeError as error:
+    except Exception as error:  # the times that are there already shall stay
         return {"no_gpu_us": _first_line(error)}
 
 
@@ -254,7 +262,3 @@ def _digits(value: float) -> float:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0][:300]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -33,6 +33,6 @@ def measured_limits(device: torch.device, quick: bool = False) -> Limits:
     runs = {"copy": lambda: copy.copy_(source), "matmul": lambda: left @ right}
     times = time_all(runs, device, seconds=0.05 if quick else 0.5)
     return Limits(
-        copy_gb_s=2 * size / times["copy"].us / 1e3,
-        matmul_tflop_s=2 * n**3 / times["matmul"].us / 1e6,
+        copy_gb_s=round(2 * size / times["copy"].us / 1e3, 1),
+        matmul_tflop_s=float(f"{2 * n**3 / times['matmul'].us / 1e6:.4g}"),
     )
