@@ -28,11 +28,15 @@ FLAGS = [
     *("-DTORCH_TARGET_VERSION=0x020a000000000000", '-DDETR_FAST_BUILD="for the simulator"'),
 ]
 HOST_FLAGS = ["-O2", "-g1"]
-KERNEL_FLAGS = ["-x", "c++", "-g", "-Wno-unknown-pragmas", "-ftls-model=local-dynamic"]
+KERNEL_FLAGS = [
+    *("-x", "c++", "-g", "-Wno-unknown-pragmas"),
+    "-ftls-model=local-dynamic",  # shared arrays
+    "-fstack-clash-protection",  # a frame that is too large must meet the guard page
+]
 FAST_FLAGS = ["-O2"]
 # Every load and store of a kernel becomes a call of the checker; libtsan is never linked.
 CHECK_FLAGS = [
-    *("-O1", "-fstack-clash-protection"),
+    "-O1",
     "-fsanitize=thread,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero,"
     "float-cast-overflow",
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),

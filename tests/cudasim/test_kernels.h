@@ -30,7 +30,7 @@ Parameter from_python(const Argument& argument) {
 
 template <typename... Parameters>
 bool register_test_kernel(const char* name, void (*kernel)(Parameters...)) {
-  TestKernel& entry = test_kernels()[name];
+  TestKernel& entry = test_kernels()[{name, kCheckedBuild}];
   (entry.is_output.push_back(std::is_pointer_v<Parameters> &&
                              !std::is_const_v<std::remove_pointer_t<Parameters> >),
    ...);

@@ -62,9 +62,7 @@ CUDASIM_UNCHECKED void combine_shuffle(Lanes& lanes) {
     const auto& own = input_of<ShuffleInput<Value>>(lanes, lane);
     const int source = Mode::source(int(lane), own.argument, own.width);
     if (source < 0 || source >= warpSize || !(lanes.mask >> source & 1)) {
-      fail(std::string(lanes.function) + ": lane " + std::to_string(lane) + " reads lane " +
-               std::to_string(source) + ", which takes no part, seen",
-           lanes.location);
+      fail_missing_lane(lanes, lane, source);
     }
     output_of<Value>(lanes, lane) = input_of<ShuffleInput<Value>>(lanes, unsigned(source)).value;
   });

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shadow memory: for every 4 bytes of a tracked range the last write and two reads, each with the
+// Shadow memory: for every 4 bytes of a tracked range two writes and two reads, each with the
 // moment it happened. Two accesses are ordered if they are of one thread, if the block has passed a
 // barrier between them, or if their lanes have met in __syncwarp: of that each lane keeps a vector
 // clock over its warp. Shuffles and votes order nothing, as in CUDA's memory model.
 //
-// The checker sees the accesses that GCC has kept at -O1 and two readers of a word: it may miss a
+// The checker sees the accesses that GCC has kept at -O1 and two of a kind a word: it may miss a
 // race, it never invents one. A missing __threadfence is not seen.
 #include "runtime/checker.h"
 
@@ -18,7 +18,7 @@ namespace cudasim {
 namespace {
 
 constexpr size_t kWordBytes = 4;
-constexpr size_t kMostRaces = 20;
+constexpr size_t kMostFound = 20;
 constexpr uintptr_t kFirstPage = 4096;
 
 struct Moment {
@@ -31,7 +31,7 @@ struct Moment {
 };
 
 struct Word {
-  Moment write, reads[2];
+  Moment writes[2], reads[2];
 };
 
 struct Range {
@@ -54,7 +54,9 @@ Range* last_range;
 Launch launch;
 bool checked;  // whether the last launch was
 uint32_t block_serial, first_block_of_launch;
-std::map<std::pair<uint32_t, uint32_t>, std::string> found_races;  // by the two places
+std::vector<uint3> blocks;  // of this launch so far
+// What does not end the launch, so that all are found: races and uninitialised reads, by place.
+std::map<std::pair<uint32_t, uint32_t>, std::string> found;
 
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
@@ -71,48 +73,57 @@ bool is_ordered(const Moment& before, const Fiber& now, bool shared) {
          now.clock[before.rank % kWarpLanes] >= before.clock;
 }
 
+bool is_known(const std::pair<uint32_t, uint32_t>& places) {
+  return found.size() >= kMostFound || found.count(places);
+}
+
+std::string describe(const Moment& moment, bool write) {
+  return kind(write) + " by " +
+         describe(fibers[moment.rank], blocks[moment.block - first_block_of_launch]) + " at " +
+         source_line(moment.pc);
+}
+
 void record_race(const std::string& place, const Moment& before, bool was_write, const Moment& now,
                  bool is_write) {
   const std::pair<uint32_t, uint32_t> key = std::minmax(before.pc, now.pc);
-  if (found_races.size() >= kMostRaces || found_races.count(key)) return;
+  if (is_known(key)) return;
   const bool same_block = before.block == block_serial;
-  found_races[key] = std::string(same_block ? "race" : "race between blocks") + " on " + place +
-                     ": " + kind(was_write) + " by " + describe(fibers[before.rank]) + " at " +
-                     source_line(before.pc) + " and " + kind(is_write) + " by " +
-                     describe(fibers[now.rank]) + " at " + source_line(now.pc) +
-                     (same_block ? " with no barrier between them" : "");
+  found[key] = std::string(same_block ? "race" : "race between blocks") + " on " + place + ": " +
+               describe(before, was_write) + " and " + describe(now, is_write) +
+               (same_block ? " with no barrier between them" : "");
+}
+
+// Keeps the first of the accesses that are not ordered before `now`, and the last.
+void remember(Moment (&moments)[2], const Moment& now, const Fiber& fiber, bool shared) {
+  Moment& first = moments[0];
+  const bool replace = !first.block || first.rank == now.rank || is_ordered(first, fiber, shared);
+  (replace ? first : moments[1]) = now;
 }
 
 void check_word(Range& range, size_t index, const Moment& now, bool write) {
   const Fiber& fiber = current_fiber();
   Word& word = range.words[index];
-  const auto clashes = [&](const Moment& before) {
-    return before.block && before.bytes & now.bytes && !(before.atomic && now.atomic) &&
-           !is_ordered(before, fiber, range.shared);
+  const auto compare = [&](const Moment(&moments)[2], bool were_writes) {
+    for (const Moment& before : moments) {
+      if (!before.block || !(before.bytes & now.bytes) || (before.atomic && now.atomic)) continue;
+      if (is_ordered(before, fiber, range.shared)) continue;
+      record_race(range.at(range.begin + index * kWordBytes), before, were_writes, now, write);
+    }
   };
-  const auto report = [&](const Moment& before, bool was_write) {
-    record_race(range.at(range.begin + index * kWordBytes), before, was_write, now, write);
-  };
-  if (clashes(word.write)) report(word.write, true);
-  if (!write) {
-    Moment& first = word.reads[0];
-    const bool replace = !first.block || first.rank == now.rank || is_ordered(first, fiber, true);
-    (replace ? first : word.reads[1]) = now;
-    return;
-  }
-  for (const Moment& read : word.reads) {
-    if (clashes(read)) report(read, false);
-  }
-  word.write = now;
+  compare(word.writes, true);
+  if (write) compare(word.reads, false);
+  remember(write ? word.writes : word.reads, now, fiber, range.shared);
 }
 
 void check_initialised(Range& range, const Access& access) {
   const size_t first = access.address - range.begin;
   for (size_t byte = first; byte < first + access.bytes; ++byte) {
     if (access.write) range.initialised[byte] = true;
-    if (!range.initialised[byte]) {
-      fail_access("read of uninitialised " + range.at(range.begin + byte), access);
-    }
+    if (range.initialised[byte]) continue;
+    const uint32_t pc = image_offset(access.pc);
+    if (is_known({pc, pc})) return;
+    found[{pc, pc}] = "read of uninitialised " + range.at(range.begin + byte) + " by " +
+                      describe(*current_thread) + " at " + source_line(pc);
   }
 }
 
@@ -183,9 +194,10 @@ bool is_private(const Access& access) {
 }  // namespace
 
 void check_access(const Access& access, size_t alignment) {
-  if (!in_kernel || is_private(access)) return;
-  ++statistics.accesses;
+  if (!in_kernel) return;
   if (watchdog_has_rung()) fail_access("endless loop or spin wait", access);
+  if (is_private(access)) return;
+  ++statistics.accesses;
   if (access.address % alignment) {
     fail_access("misaligned " + kind(access.write) + " of " + bytes_text(access.bytes), access);
   }
@@ -237,7 +249,8 @@ void begin_checked_launch(const Launch& next) {
   launch = next;
   checked = next.checked;
   first_block_of_launch = block_serial + 1;
-  found_races.clear();
+  found.clear();
+  blocks.clear();
   last_range = nullptr;
   shared.clear();
   const auto add = [](const std::string& name, uintptr_t begin, size_t bytes, bool poisoned) {
@@ -254,12 +267,13 @@ void begin_checked_launch(const Launch& next) {
 
 void begin_checked_block() {
   ++block_serial;
+  blocks.push_back(current_block.index);
   for (Range& range : shared) std::fill(range.initialised.begin(), range.initialised.end(), false);
 }
 
-std::vector<std::string> races() {
+std::vector<std::string> found_faults() {
   std::vector<std::string> messages;
-  for (const auto& [places, message] : found_races) messages.push_back(message);
+  for (const auto& [places, message] : found) messages.push_back(message);
   return messages;
 }
 

@@ -25,8 +25,8 @@ CUDASIM_EXPORT size_t unwritten_bytes(const void* data);
 
 void begin_checked_launch(const Launch&);  // after select_image()
 void begin_checked_block();
-// The races of this launch, one each pair of source lines.
-std::vector<std::string> races();
+// What has not ended the launch: races and uninitialised reads, once for each place in the source.
+std::vector<std::string> found_faults();
 
 // Lanes that met in __syncwarp: what each did before is seen by all after it.
 void order_lanes(Fiber* warp, unsigned lanes);

@@ -36,6 +36,7 @@ py::dict counts() {
   result["switches"] = statistics.switches;
   result["collectives"] = statistics.collectives;
   result["barriers"] = statistics.barriers;
+  result["exits"] = statistics.exits;
   result["accesses"] = statistics.accesses;
   return result;
 }
@@ -56,8 +57,8 @@ Argument argument_from(const py::object& object) {
 // Outputs are uninitialised for the kernel, which has to fill them, unless `updates`.
 void launch_test_kernel(const std::string& name, const std::array<unsigned, 3>& grid,
                         const std::array<unsigned, 3>& block, const py::args& objects,
-                        size_t shared_bytes, bool updates) {
-  const TestKernel& kernel = test_kernels().at(name);
+                        size_t shared_bytes, bool updates, bool check) {
+  const TestKernel& kernel = test_kernels().at({name, check});
   if (objects.size() != kernel.is_output.size()) {
     throw std::invalid_argument(name + ": expected " + std::to_string(kernel.is_output.size()) +
                                 " arguments, got " + std::to_string(objects.size()));
@@ -86,8 +87,8 @@ void launch_test_kernel(const std::string& name, const std::array<unsigned, 3>& 
 
 void record_faults(const std::vector<std::string>& faults) { faults_of_last_launch = faults; }
 
-std::map<std::string, TestKernel>& test_kernels() {
-  static std::map<std::string, TestKernel> kernels;
+std::map<std::pair<std::string, bool>, TestKernel>& test_kernels() {
+  static std::map<std::pair<std::string, bool>, TestKernel> kernels;
   return kernels;
 }
 
@@ -100,5 +101,6 @@ PYBIND11_MODULE(cudasim, module) {
   module.def("reports", [] { return faults_of_last_launch; });
   module.def("counts", &counts);
   module.def("launch", &launch_test_kernel, py::arg("name"), py::arg("grid"), py::arg("block"),
-             py::kw_only(), py::arg("shared_bytes") = 0, py::arg("updates") = false);
+             py::kw_only(), py::arg("shared_bytes") = 0, py::arg("updates") = false,
+             py::arg("check") = true);
 }

@@ -26,6 +26,7 @@ struct TestKernel {
       launch;
 };
 
-CUDASIM_EXPORT std::map<std::string, TestKernel>& test_kernels();
+// By name, and whether it was compiled with the checker.
+CUDASIM_EXPORT std::map<std::pair<std::string, bool>, TestKernel>& test_kernels();
 
 }  // namespace cudasim

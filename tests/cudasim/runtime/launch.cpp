@@ -125,7 +125,7 @@ class Signals {
   }
 
  private:
-  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGVTALRM};
   stack_t old_stack_{};
   struct sigaction old_actions_[std::size(kSignals)];
   timer_t timer_;
@@ -182,12 +182,8 @@ void run_grid(const Launch& launch) {
     if (launch_error.empty()) check_red_zone(launch);
     if (!launch_error.empty()) break;
   }
-  std::vector<std::string> faults = races();
-  const uint3 index = current_block.index;
-  if (!launch_error.empty()) {
-    faults.push_back(launch_error + " in block (" + std::to_string(index.x) + "," +
-                     std::to_string(index.y) + "," + std::to_string(index.z) + ")");
-  }
+  std::vector<std::string> faults = found_faults();
+  if (!launch_error.empty()) faults.push_back(launch_error);
   record_faults(faults);
   if (faults.empty()) return;
   std::string message = "cudasim: launch of " + std::string(launch.name) + ": ";

@@ -98,6 +98,11 @@ Fiber* pick() {
   return nullptr;
 }
 
+std::string describe(uint3 index) {
+  return "(" + std::to_string(index.x) + "," + std::to_string(index.y) + "," +
+         std::to_string(index.z) + ")";
+}
+
 // Leaves the kernel for good; fibers that have not exited are abandoned on their stacks.
 [[noreturn]] void stop(const std::string& error) {
   launch_error = error;
@@ -210,10 +215,9 @@ void fiber_main() {
 
 }  // namespace
 
-std::string describe(const Thread& thread) {
-  const uint3 i = thread.index;
-  return "thread (" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) +
-         ") [warp " + std::to_string(thread.warp) + " lane " + std::to_string(thread.lane) + "]";
+std::string describe(const Thread& thread, uint3 block) {
+  return "thread " + describe(thread.index) + " [warp " + std::to_string(thread.warp) + " lane " +
+         std::to_string(thread.lane) + "] of block " + describe(block);
 }
 
 std::string describe(Location location) {
@@ -224,6 +228,12 @@ std::string describe(Location location) {
 void fail(const std::string& fault, const std::string& place) {
   if (!in_kernel) throw std::runtime_error("cudasim: " + fault + " at " + place);
   stop(fault + " by " + describe(*current_thread) + " at " + place);
+}
+
+void fail_missing_lane(const Lanes& lanes, unsigned lane, int source) {
+  const std::string lanes_text = std::to_string(lane) + " reads lane " + std::to_string(source);
+  fail(std::string(lanes.function) + ": lane " + lanes_text + ", which takes no part; seen",
+       lanes.location);
 }
 
 void fail(const std::string& fault, Location location) { fail(fault, describe(location)); }

@@ -72,6 +72,9 @@ using Combine = void (*)(Lanes&);
 CUDASIM_EXPORT void warp_collective(const char* function, unsigned mask, const void* in, void* out,
                                     Combine combine, bool orders_memory, Location);
 
+// Of a shuffle whose source lane is not among `lanes`.
+[[noreturn]] CUDASIM_EXPORT void fail_missing_lane(const Lanes& lanes, unsigned lane, int source);
+
 enum class Vote { kNone, kCount, kAnd, kOr };
 CUDASIM_EXPORT int block_barrier(Vote, bool predicate, Location);
 
@@ -113,7 +116,7 @@ extern uint32_t barrier_epoch;    // barriers that the running block has passed
 extern std::string launch_error;  // empty while all is well
 
 inline Fiber& current_fiber() { return static_cast<Fiber&>(*current_thread); }
-std::string describe(const Thread&);
+std::string describe(const Thread&, uint3 block = current_block.index);
 std::string describe(Location);
 
 // Whether the running thread has to be stopped: it has run for too long.
