@@ -63,26 +63,27 @@ def box_area(boxes: Tensor) -> Tensor:
 
 def box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """IoU of every pair of boxes: (..., N, 4), (..., M, 4) -> (..., N, M)."""
-    boxes1, boxes2 = at_least_float32(boxes1)[..., None, :], at_least_float32(boxes2)
-    intersection, union = _intersection_and_union(boxes1, boxes2[..., None, :, :])
+    intersection, union, _ = _areas(*_pairs(boxes1, boxes2))
     return _ratio(intersection, union)
 
 
 def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     """Generalized IoU of every pair of boxes: (..., N, 4), (..., M, 4) -> (..., N, M)."""
-    boxes1, boxes2 = at_least_float32(boxes1)[..., None, :], at_least_float32(boxes2)
-    return broadcast_giou(boxes1, boxes2[..., None, :, :])
+    return _giou(*_areas(*_pairs(boxes1, boxes2)))
 
 
 def generalized_box_iou_loss(
     boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7
 ) -> Tensor:
-    """``1 - GIoU`` of matched pairs: (..., 4), (..., 4) -> (...), or a scalar where reduced."""
+    """``1 - GIoU`` of matched pairs: (..., 4), (..., 4) -> (...), or a scalar where reduced.
+
+    As in torchvision, the sides of the hull are not clamped: it differs for boxes of negative
+    extent only.
+    """
     boxes1, boxes2 = at_least_float32(boxes1), at_least_float32(boxes2)
-    intersection, union = _intersection_and_union(boxes1, boxes2)
-    hull = _hull_sides(boxes1, boxes2).prod(-1)
-    loss = 1 - (_ratio(intersection, union + eps) - _ratio(hull - union, hull + eps))
-    return reduce(loss, reduction)
+    intersection, union, _ = _areas(boxes1, boxes2)
+    width, height = _hull_sides(boxes1, boxes2)
+    return reduce(1 - _giou(intersection, union, width * height, eps), reduction)
 
 
 def matched_box_losses(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,16 +97,17 @@ def matched_box_losses(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:
         tuple[Tensor[...], Tensor[...]]: L1 summed over the four coordinates, and the GIoU loss.
     """
     src, tgt = at_least_float32(src), at_least_float32(tgt)
-    giou = broadcast_giou(box_cxcywh_to_xyxy(src), box_cxcywh_to_xyxy(tgt))
-    return (src - tgt).abs().sum(-1), 1 - giou
+    areas = _areas(box_cxcywh_to_xyxy(src), box_cxcywh_to_xyxy(tgt))
+    return (src - tgt).abs().sum(-1), 1 - _giou(*areas)
 
 
 def broadcast_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalized IoU of boxes whose leading dimensions broadcast: (..., 4), (..., 4) -> (...)."""
-    intersection, union = _intersection_and_union(boxes1, boxes2)
-    width, height = _hull_sides(boxes1, boxes2).relu().unbind(-1)
-    hull = width * height
-    return _ratio(intersection, union) - _ratio(hull - union, hull)
+    """Generalized IoU of boxes whose leading dimensions broadcast: (..., 4), (..., 4) -> (...).
+
+    The published formula: NaN for a pair without area, which a matcher has to name.
+    """
+    intersection, union, hull = _areas(boxes1, boxes2)
+    return intersection / union - (hull - union) / hull
 
 
 def reduce(loss: Tensor, reduction: str) -> Tensor:
@@ -121,22 +123,33 @@ def reduce(loss: Tensor, reduction: str) -> Tensor:
     raise ValueError(f'reduction: expected "none", "mean" or "sum", got {reduction!r}')
 
 
-def _intersection_and_union(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Areas of boxes whose leading dimensions broadcast: two (..., 4) -> two (...).
+def _pairs(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Views that broadcast to all pairs, (..., N, 1, 4) and (..., 1, M, 4)."""
+    return at_least_float32(boxes1)[..., None, :], at_least_float32(boxes2)[..., None, :, :]
+
+
+def _hull_sides(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Width and height of the smallest box round each pair."""
+    low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
+    width, height = (torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - low).unbind(-1)
+    return width, height
+
+
+def _areas(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Areas of intersection, union and hull of boxes whose leading dimensions broadcast.
 
     ``relu`` and not ``clamp``: the gradient of clamp at the bound is 1 in torch 2.10, 0 in 2.14.
     """
     low = torch.maximum(boxes1[..., :2], boxes2[..., :2])
-    high = torch.minimum(boxes1[..., 2:], boxes2[..., 2:])
-    width, height = (high - low).relu().unbind(-1)
+    width, height = (torch.minimum(boxes1[..., 2:], boxes2[..., 2:]) - low).relu().unbind(-1)
     intersection = width * height
-    return intersection, box_area(boxes1) + box_area(boxes2) - intersection
+    union = box_area(boxes1) + box_area(boxes2) - intersection
+    hull_width, hull_height = _hull_sides(boxes1, boxes2)
+    return intersection, union, hull_width.relu() * hull_height.relu()
 
 
-def _hull_sides(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Width and height of the smallest box round each pair: two (..., 4) -> (..., 2)."""
-    low = torch.minimum(boxes1[..., :2], boxes2[..., :2])
-    return torch.maximum(boxes1[..., 2:], boxes2[..., 2:]) - low
+def _giou(intersection: Tensor, union: Tensor, hull: Tensor, eps: float = 0) -> Tensor:
+    return _ratio(intersection, union + eps) - _ratio(hull - union, hull + eps)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
