@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medians of interleaved rounds, by perf_counter on a CPU and by events on a GPU."""
+"""Medians of interleaved rounds: processor time on a CPU, events on a GPU."""
 
 import statistics
 import time
@@ -29,17 +29,19 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
     Args:
         runs (dict[str, Callable]): what to time, warmed up here.
         device (torch.device): CPU or CUDA.
-        seconds (float): time to spend on each of them, about.
+        seconds (float): wall time to spend on each of them, about.
 
     Returns:
-        dict[str, Time]: for each name, microseconds of a call as its caller sees it: on a GPU the
+        dict[str, Time]: for each name, microseconds of a call.  On a CPU that is processor time: it
+        equals wall time where one thread computes on an idle machine, and other processes on a busy
+        one do not add to it.  On a GPU it is the time between events, as the caller sees it: the
         launches are included where they take longer than the kernels.
     """
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
     counts, rounds = {}, MOST_ROUNDS
     for name, run in runs.items():
-        one_round(run, 2)
-        once = max(one_round(run, 3) / 3, 1e-9)
+        _wall_time(one_round, run, 2)
+        once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
         counts[name] = max(1, round(SHORTEST_ROUND / once))
         rounds = min(rounds, int(seconds / (counts[name] * once)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -75,11 +77,17 @@ def time_on_gpu(run: Run, seconds: float) -> Time:
     return replays._replace(us=replays.us / RUNS_PER_GRAPH)
 
 
-def _cpu_round(run: Run, count: int) -> float:
+def _wall_time(one_round: Callable[[Run, int], float], run: Run, count: int) -> float:
     start = time.perf_counter()
+    one_round(run, count)  # waits for its end
+    return time.perf_counter() - start
+
+
+def _cpu_round(run: Run, count: int) -> float:
+    start = time.process_time()
     for _ in range(count):
         run()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def _cuda_round(run: Run, count: int) -> float:
