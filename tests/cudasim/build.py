@@ -2,14 +2,17 @@
 """Compiles kernels with g++: the simulator's runtime, and libraries of simulated kernels.
 
 Objects and libraries are kept in ``build/cudasim`` under a hash of everything that made them, and
-get their name when they are complete: several test runs may build at a time.
+get their name when they are complete: several test runs may build at a time, and one that dies
+leaves nothing that another would take for a result.
 """
 
+import fcntl
 import functools
 import hashlib
 import os
 import runpy
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -56,9 +59,9 @@ def cuda_headers() -> Path:
 
 @functools.cache
 def compiler() -> str:
-    """What else an object depends on: the versions of compiler, torch and CUDA's headers."""
+    """What else an object depends on: compiler, Python, torch and CUDA's headers."""
     version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True)
-    return f"{version.stdout}{torch.__version__}{cuda_headers()}"
+    return f"{version.stdout}{sys.version}{torch.__version__}{cuda_headers()}"
 
 
 def includes(*folders: Path) -> list[str]:
@@ -85,18 +88,24 @@ def run(*command: object) -> None:
 
 
 def make(target: Path, *arguments: object) -> Path:
-    """Have g++ write ``target``, unless it is there."""
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.with_suffix(f".{os.getpid()}{target.suffix}")
-        run("g++", *arguments, "-o", draft)
-        draft.rename(target)
+    """Have g++ write ``target``, unless it is there; a second process waits for the first."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            draft = target.with_suffix(f".draft{target.suffix}")
+            run("g++", *arguments, "-o", draft)
+            draft.rename(target)
     return target
 
 
-def compile_all(sources: Sequence[Path], csrc: Path, defines: Sequence[str], check: bool) -> list:
+def compile_all(
+    sources: Sequence[Path], csrc: Path, defines: Sequence[str], check: bool
+) -> list[Path]:
     """Compile every source to an object."""
-    headers = sorted(p for p in (*csrc.rglob("*.h"), *csrc.rglob("*.cuh")))
+    headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
     headers += sorted([*HERE.glob("*.h"), *HERE.glob("common/*.h"), *HERE.glob("runtime/*.h")])
 
     def compile_one(source: Path) -> Path:
