@@ -182,15 +182,11 @@ def tests(setting: Setting) -> Found:
     """The tests whose parameter or name says that they run on this device."""
     if find_spec("pytest") is None:
         return {"status": "failed", "note": "pytest is not installed"}
-    name = setting.device
-    chosen = " or ".join(form.format(name) for form in ("[{}]", "[{}-", "-{}-", "-{}]"))
-    if name == "cuda":  # tests of the GPU alone have no parameter; the simulator's do not count
-        chosen += " or (cuda and not cudasim)"
     report = setting.work / "tests.xml"
     report.unlink(missing_ok=True)
     folder = ROOT / "tests" / "ops" if setting.quick else ROOT / "tests"
     command = [setting.python, "-m", "pytest", folder, "-c", ROOT / "pyproject.toml", "-q"]
-    command += ["--rootdir", ROOT, "-k", chosen, "-p", "no:cacheprovider"]
+    command += ["--rootdir", ROOT, "-k", selection(setting.device), "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--junitxml", report]
     ended = setting.run("tests", command, seconds=200)
     if not report.exists():
@@ -201,6 +197,12 @@ def tests(setting: Setting) -> Found:
     if failures or not counts["passed"] or ended.status is None:
         return ended.failure(note or "no test was selected") | found
     return passed(note=note, **found)
+
+
+def selection(device: str) -> str:
+    """pytest's ``-k``: tests with the device among their parameters, or CUDA in their name."""
+    chosen = " or ".join(form.format(device) for form in ("[{}]", "[{}-", "-{}-", "-{}]"))
+    return f"{chosen} or (cuda and not cudasim)" if device == "cuda" else chosen
 
 
 def read_junit(report: Path) -> tuple[dict[str, int], list[str], list[str]]:

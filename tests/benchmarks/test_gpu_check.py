@@ -2,6 +2,7 @@
 """A part that fails, hangs or cannot run is recorded; the others run."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -137,6 +138,31 @@ def test_failing_case_is_named(setting, monkeypatch):
     command = [sys.executable, "-c", program, setting.work / "boxes.json", records]
     monkeypatch.setattr(Setting, "benchmark", lambda self, *arguments: command)
     assert gpu_parts.benchmark(setting, "boxes")["note"] == "failed: two"
+
+
+def test_selection_takes_the_device_and_not_the_simulator(tmp_path):
+    (tmp_path / "test_any.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('device', ['cpu', 'cudasim-forward', 'cuda'])\n"
+        "@pytest.mark.parametrize('size', ['big', 'small'])\n"
+        "def test_op(device, size): pass\n"
+        "@pytest.mark.parametrize('device', ['cpu', 'cudasim-forward', 'cuda'])\n"
+        "def test_one(device): pass\n"
+        "def test_cuda_graph(): pass\n"
+        "def test_cpu_only(): pass\n"
+    )
+
+    def chosen(device):
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-c", os.devnull]
+        command += ["--rootdir", str(tmp_path), "-k", gpu_parts.selection(device), str(tmp_path)]
+        environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        options = {"capture_output": True, "text": True, "check": True, "env": environment}
+        output = subprocess.run(command, **options).stdout
+        return {line.split("::")[1] for line in output.splitlines() if "::" in line}
+
+    ops = {"test_op[big-{}]", "test_op[small-{}]", "test_one[{}]"}
+    assert chosen("cuda") == {op.format("cuda") for op in ops} | {"test_cuda_graph"}
+    assert chosen("cpu") == {op.format("cpu") for op in ops}
 
 
 JUNIT = """<testsuites><testsuite>

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Equality comes before times; what cannot take part is named."""
 
+import importlib
 import json
 import time
 import types
@@ -11,6 +12,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Case, Contender, Missing, Setup, compare, optional, within
 from benchmarks.limits import Limits
+from benchmarks.timing import Time
 
 CPU = torch.device("cpu")
 ONE = (torch.ones(3),)
@@ -88,6 +90,38 @@ def test_record_holds_ratio_rates_and_missing_peers(monkeypatch):
     assert quick["peers"]["slow"] == {"missing": "left out: starts slowly"}
 
 
+def test_record_of_a_gpu_tells_kernels_from_launches(monkeypatch):
+    """A GPU is not needed to see what becomes of its times."""
+
+    def on_gpu(run, seconds):
+        if run is broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Time(us=2.0 if run is wrong else 4.0, spread=0.0)
+
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: dict.fromkeys(runs, Time(10.0, 0.1)))
+    monkeypatch.setattr(harness, "time_on_gpu", on_gpu)
+    monkeypatch.setattr(harness, "measured_limits", lambda *_: Limits(1.0, 1.0))
+    monkeypatch.setattr(harness, "agreeing", lambda case, setup, slow: setup.contenders)
+    contenders = {
+        "ours": Contender(wrong),
+        "twice": Contender(lambda: ONE),
+        "waits": Contender(lambda: ONE, waits=True),
+        "broken": Contender(broken),
+    }
+    record = compare(case(bytes=1000), setup(**contenders), torch.device("cuda"))
+    assert (record["us"], record["gpu_us"], record["gb_s"]) == (10.0, 2.0, 0.5)
+    assert record["peers"]["twice"]["gpu_ratio"] == 2
+    assert record["peers"]["waits"]["no_gpu_us"] == "waits for the GPU"
+    assert record["peers"]["broken"]["no_gpu_us"].startswith("operation not permitted")
+
+
+@pytest.mark.parametrize("subject", harness.subjects())
+def test_cases_for_a_gpu_have_names_of_their_own_and_build_nothing_yet(subject):
+    bench = importlib.import_module(f"benchmarks.bench_{subject}")
+    names = [str(case) for case in bench.cases(torch.device("cuda"), False)]
+    assert len(set(names)) == len(names) >= len(bench.cases(torch.device("cuda"), True)) > 0
+
+
 def test_equality_alone_names_who_agrees():
     contenders = {"ours": Contender(lambda: ONE), "peer": Missing("not installed")}
     record = compare(case(), setup(**contenders), CPU, timed=False)
@@ -116,6 +150,7 @@ def test_command_line_refuses_an_unknown_benchmark(capsys):
     assert "no benchmark 'nothing'; there are limits, boxes" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*kernel not used", "ignore:Both fused kernels")
 def test_command_line_writes_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "one_thread", lambda device: None)
     file = tmp_path / "records.json"
