@@ -18,6 +18,7 @@ FAULTS = {
     "missing_syncthreads": (r"race on shared array staged\+\d+: .* no barrier", {}),
     "missing_second_syncthreads": (r"race on shared array staged\+\d+: .* no barrier", {}),
     "missing_syncwarp": (r"race on shared array staged\+\d+: .* no barrier", {}),
+    "missing_second_syncwarp": (r"race on shared array staged\+\d+: .* no barrier", {}),
     "syncwarp_across_warps": (r"race on shared array staged\+\d+: .* no barrier", {}),
     "shuffle_orders_nothing": (r"race on shared array staged\+\d+: .* no barrier", {}),
     "two_writers": (r"race on output 1\+\d+: write .* and write", {}),
@@ -39,6 +40,10 @@ FAULTS = {
     "write_past_static_shared": ("array index out of bounds", {}),
     "read_past_dynamic_shared": (r"read of 4 bytes, dynamic shared memory\+256", DYNAMIC),
     "write_past_dynamic_shared": (r"write of 4 bytes, dynamic shared memory\+256", DYNAMIC),
+    "vector_past_dynamic_shared": (
+        r"read of 16 bytes, dynamic shared memory\+240 of 248 bytes",
+        {"shared_bytes": 248},
+    ),
     "static_shared_uninitialised": (r"read of uninitialised shared array staged\+28", {}),
     "dynamic_shared_uninitialised": ("read of uninitialised dynamic shared memory", DYNAMIC),
     "shared_of_another_block": ("read of uninitialised shared array staged", TWO_BLOCKS),
@@ -77,8 +82,8 @@ CORRECT = {
 }
 # what needs no checker: the processor, the scheduler or the watchdog sees it
 FAST = {
-    "null_pointer": "segmentation fault at address",
-    "wild_pointer": "segmentation fault at address",
+    "null_pointer": "Segmentation fault, address \\(nil\\)",
+    "wild_pointer": "Segmentation fault, address 0x",
     "division_by_zero": "division by zero",
     "too_much_local_memory": "stack overflow",
     "shuffle_from_missing_lane": "lane 0 reads lane 20",
@@ -156,6 +161,17 @@ def test_fast_build_reports_what_stops_it(fault):
         launch(fault, {"watchdog_seconds": 0.05}, check=False)
     assert re.search(THREAD, str(error.value))
     assert f"selfcheck.cu:{marked_line(fault)}" in str(error.value)
+
+
+def test_fast_build_finds_writes_past_dynamic_shared_memory():
+    load_test_kernels(SOURCE, check=False)
+    with pytest.raises(RuntimeError, match="0 bytes past the end of dynamic shared memory"):
+        launch("write_past_dynamic_shared", {}, shared_bytes=256, check=False)
+
+
+def test_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="expected forward, reverse or random, got sideways"):
+        launch("fine", {"schedule": "sideways"})
 
 
 def test_reports_are_kept_until_the_next_launch(schedule):

@@ -61,6 +61,16 @@ SELFCHECK(with_syncwarp) {
   }
 }
 
+SELFCHECK(missing_second_syncwarp) {
+  __shared__ int staged[64];
+  const int t = threadIdx.x;
+  for (int round = 0; round < 3; ++round) {
+    staged[t] = values[t];  // FAULT
+    __syncwarp();
+    out[t] = staged[t ^ 31];
+  }
+}
+
 SELFCHECK(syncwarp_across_warps) {
   __shared__ int staged[64];
   const int t = threadIdx.x;
@@ -203,6 +213,15 @@ SELFCHECK(read_past_dynamic_shared) {
 SELFCHECK(write_past_dynamic_shared) {
   DETR_FAST_DYNAMIC_SHARED(int, staged);
   staged[threadIdx.x + 1] = out[threadIdx.x] = 0;  // FAULT
+}
+
+// 248 bytes: the last vector is only half within.
+SELFCHECK(vector_past_dynamic_shared) {
+  DETR_FAST_DYNAMIC_SHARED(int, staged);
+  if (threadIdx.x < 62) staged[threadIdx.x] = values[threadIdx.x];
+  __syncthreads();
+  const int4 four = reinterpret_cast<const int4*>(staged)[threadIdx.x / 4];  // FAULT
+  out[threadIdx.x] = four.x;
 }
 
 SELFCHECK(static_shared_uninitialised) {

@@ -62,8 +62,9 @@ std::string place_of(void* signal_context) {
   return source_line(image_offset(pc + 1));
 }
 
+// Runs on the signal stack and leaves it by a switch to the scheduler: nothing returns.
 void on_fault(int signal_number, siginfo_t* info, void* context) {
-  if (!in_kernel) {  // not ours: raise it again without this handler
+  if (!in_kernel) {  // not ours: the instruction raises it again, without this handler
     signal(signal_number, SIG_DFL);
     return;
   }
@@ -73,8 +74,8 @@ void on_fault(int signal_number, siginfo_t* info, void* context) {
   if (address < stack && address >= stack - 4096) {
     fail("stack overflow: more than 256 KiB of local memory", place_of(context));
   }
-  char text[64];
-  std::snprintf(text, sizeof text, "segmentation fault at address %p", info->si_addr);
+  char text[96];
+  std::snprintf(text, sizeof text, "%s, address %p,", strsignal(signal_number), info->si_addr);
   fail(text, place_of(context));
 }
 
@@ -100,7 +101,7 @@ class Signals {
     stack.ss_size = sizeof memory;
     sigaltstack(&stack, &old_stack_);
     struct sigaction action{};
-    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
     for (size_t i = 0; i < std::size(kSignals); ++i) {
       action.sa_sigaction = kSignals[i] == SIGVTALRM ? on_watchdog : on_fault;
       sigaction(kSignals[i], &action, &old_actions_[i]);
