@@ -25,6 +25,7 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
+ON_CPU = {"flash", "math"}
 HEAD_DIM = 32
 MATH_BYTES = 8 * 1024**3  # math keeps several score matrices: none of its runs beyond this
 EQUAL = within_norm(2e-2)  # bfloat16 inputs and probabilities against float32 arithmetic
@@ -110,7 +111,8 @@ def contenders(
 
     result: dict[str, Contender | Missing] = {"sdpa": contender(None)}
     for name, backend in BACKENDS.items():
-        result[name] = contender(backend)
+        usable = device.type == "cuda" or name in ON_CPU
+        result[name] = contender(backend) if usable else Missing("needs a GPU")
     if shape.scores * 4 * 4 > MATH_BYTES:
         result["math"] = Missing("its score matrices would not fit")
     return Setup(expected=exact, contenders=result)
