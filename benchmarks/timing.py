@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 Run = Callable[[], Any]
-SHORTEST_ROUND = 1e-3  # seconds: far above the resolution of either clock
+SHORTEST_ROUND = 5e-3  # seconds: long enough that what the others left in the caches is forgotten
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 RUNS_PER_GRAPH = 20  # shares out the launch of the graph
 
@@ -47,6 +47,7 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(max(rounds, LEAST_ROUNDS)):
         for name, run in runs.items():
+            run()
             samples[name].append(one_round(run, counts[name]) / counts[name])
     return {name: summary(values) for name, values in samples.items()}
 

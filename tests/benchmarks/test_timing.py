@@ -35,10 +35,10 @@ def test_callables_take_turns():
 
     def call(name):
         calls.append(name)
-        time.sleep(2e-3)  # longer than a round must last: one call a round
+        time.sleep(6e-3)  # longer than a round must last: one call to warm up and one that counts
 
     time_all({"a": lambda: call("a"), "b": lambda: call("b")}, CPU, seconds=0)
-    assert calls[-2 * LEAST_ROUNDS :] == ["a", "b"] * LEAST_ROUNDS
+    assert calls[-4 * LEAST_ROUNDS :] == ["a", "a", "b", "b"] * LEAST_ROUNDS
 
 
 def test_summary_ignores_one_outlier():
