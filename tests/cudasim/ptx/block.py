@@ -87,7 +87,9 @@ class Block:
             return bits.astype(f"u{dtype.itemsize}", copy=False).view(dtype)
         if operand.startswith("!"):
             return ~self.value(operand[1:], kind, lanes)
-        if operand in self.symbols:
+        if operand == "WARP_SZ":
+            number = WARP
+        elif operand in self.symbols:
             number = self.symbols[operand]
         elif operand[:2] in ("0f", "0d"):  # the bits of a float, of a double
             number = int(operand[2:], 16)

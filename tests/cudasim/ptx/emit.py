@@ -9,7 +9,7 @@ import re
 import runpy
 from pathlib import Path
 
-from tests.cudasim.build import CACHE, CSRC, ROOT, run
+from tests.cudasim.build import CACHE, CSRC, HERE, ROOT, run
 from tests.cudasim.ptx import Kernel, Module
 
 ARCHITECTURE = "compute_90"
@@ -49,7 +49,15 @@ def sources(*folders: Path) -> list[Path]:
 @functools.cache
 def emitted(source: Path, home: Path) -> Module:
     """The PTX that nvcc makes of a kernel file."""
-    flags = ["-std=c++17", "-O3", "-lineinfo", f"-arch={ARCHITECTURE}", f"-I{CSRC}", "-ptx"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "-lineinfo",
+        f"-arch={ARCHITECTURE}",
+        f"-I{CSRC}",
+        f"-I{HERE}",
+        "-ptx",
+    ]
     command = [home / "bin/nvcc", *flags, source]
     return Module(once(source.stem, ".ptx", [*sources(CSRC), source], command).read_text())
 

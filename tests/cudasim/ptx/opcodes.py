@@ -127,6 +127,18 @@ def shift(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     block.put(target, np.where(zero, value.dtype.type(0), shifted), lanes)
 
 
+def funnel_shift(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """shf.l: the upper half of 64 bits, the second operand above the first; shf.r: the lower."""
+    _, name, (target, *sources, distance), where = instruction
+    if name[2] != "wrap":
+        raise NotImplementedError(where)
+    low, high = (block.value(source, "u32", lanes).astype(np.uint64) for source in sources)
+    distance = block.value(distance, "u32", lanes).astype(np.uint64) % np.uint64(32)
+    if name[1] == "l":
+        distance = np.uint64(32) - distance
+    block.put(target, (high << np.uint64(32) | low) >> distance, lanes)
+
+
 def set_predicate(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     """setp.lt.and.f32 p, x, y, q; `u` after a comparison of floats: true where one is NaN."""
     _, name, (target, *sources), _ = instruction
@@ -277,17 +289,17 @@ def highest_bit(number: int, by_shift: bool) -> int:
 
 BITS = {
     "popc": lambda x, name: x.bit_count(),
-    "clz": lambda x, name: 32 - x.bit_length(),
-    "brev": lambda x, name: int(f"{x:032b}"[::-1], 2),
+    "clz": lambda x, name: int(name[-1][1:]) - x.bit_length(),
+    "brev": lambda x, name: int(f"{x:0{name[-1][1:]}b}"[::-1], 2),
     "bfind": lambda x, name: highest_bit(x, "shiftamt" in name),
 }
 
 
 def count_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     _, name, (target, source), _ = instruction
-    values = block.value(source, "u32", lanes)
+    values = block.value(source, name[-1].replace("s", "u"), lanes)
     results = [BITS[name[0]](int(value), name) for value in values]
-    block.put(target, np.array(results, np.uint32), lanes)
+    block.put(target, np.array(results, values.dtype), lanes)
 
 
 def no_effect(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
@@ -300,6 +312,7 @@ EXECUTE = {
     **dict.fromkeys(("shl", "shr"), shift),
     **dict.fromkeys(("atom", "red"), atomic),
     "membar": no_effect,
+    "shf": funnel_shift,
     "setp": set_predicate,
     "selp": select,
     "cvt": convert,

@@ -85,6 +85,14 @@ INTEGER = {
     "clz.b32 %r2, %r0": lambda x, y: [32 - (int(v) & 0xFFFFFFFF).bit_length() for v in x],
     "brev.b32 %r2, %r0": lambda x, y: reversed_bits(x),
     "bfind.u32 %r2, %r0": lambda x, y: [(int(v) & 0xFFFFFFFF).bit_length() - 1 for v in x],
+    "shf.l.wrap.b32 %r2, %r0, %r1, 40": (
+        lambda x, y: y << 8 | x.view(np.uint32).astype(np.int64) >> 24
+    ),
+    "shf.r.wrap.b32 %r2, %r0, %r1, 8": lambda x, y: x.view(np.uint32) >> 8 | y << 24,
+    "mov.u32 %r2, WARP_SZ": lambda x, y: x * 0 + 32,
+    "cvt.s64.s32 %l0, %r0; popc.b64 %r2, %l0": lambda x, y: [
+        f"{int(v) % 2**64:b}".count("1") for v in x
+    ],
     "setp.lt.s32 %p0, %r0, %r1; selp.b32 %r2, %r0, %r1, %p0": np.minimum,
     "setp.hi.u32 %p0, %r0, %r1; selp.u32 %r2, 1, 0, %p0": (
         lambda x, y: x.view(np.uint32) > y.view(np.uint32)
