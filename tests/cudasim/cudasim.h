@@ -34,7 +34,7 @@
 #define __shared__ static thread_local
 #define __constant__ static const
 #define __launch_bounds__(...)
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 
 // Dynamic initialisers cannot run per block, hence macros instead of variables.
 #define threadIdx (::cudasim::current_thread->index)

@@ -63,15 +63,16 @@ constexpr auto max(A a, B b) -> std::common_type_t<A, B> {
   return a < b ? b : a;
 }
 
+// inlined, as a fault in them is their caller's
 template <typename T>
-T __ldg(const T* address) {
+__forceinline__ T __ldg(const T* address) {
   return *address;
 }
 template <typename T>
-T __ldcs(const T* address) {
+__forceinline__ T __ldcs(const T* address) {
   return *address;
 }
 template <typename T>
-void __stcs(T* address, T value) {
+__forceinline__ void __stcs(T* address, T value) {
   *address = value;
 }

@@ -35,6 +35,8 @@ FAULTS = {
     "endless_loop": ("endless loop", {}),
     "read_past_input": (r"out-of-bounds read of 4 bytes, input 0\+256 of 256 bytes", {}),
     "write_past_output": (r"out-of-bounds write of 4 bytes, output 1\+256 of 256 bytes", {}),
+    "cached_read_past_input": (r"out-of-bounds read of 4 bytes, input 0\+256", {}),
+    "atomic_past_output": (r"out-of-bounds write of 4 bytes, output 1\+256", UPDATES),
     "read_before_input": ("out-of-bounds read of 4 bytes", {}),
     "read_past_static_shared": ("array index out of bounds", {}),
     "write_past_static_shared": ("array index out of bounds", {}),
@@ -132,6 +134,7 @@ def test_fault_is_reported(schedule, fault):
         place = f"selfcheck.cu:{line or ''}"
         assert re.search(place + (r"\b" if line else ""), message), f"{place} in {message}"
         assert re.search(THREAD, message)
+        assert "at offset" not in message  # every place has its line
 
 
 @pytest.mark.parametrize("kernel", CORRECT)
@@ -167,6 +170,13 @@ def test_fast_build_finds_writes_past_dynamic_shared_memory():
     load_test_kernels(SOURCE, check=False)
     with pytest.raises(RuntimeError, match="0 bytes past the end of dynamic shared memory"):
         launch("write_past_dynamic_shared", {}, shared_bytes=256, check=False)
+
+
+def test_fast_build_poisons_shared_memory_of_every_block():
+    load_test_kernels(SOURCE, check=False)
+    options = {"check": False, "updates": True}
+    assert (launch("dynamic_shared_uninitialised", {}, shared_bytes=256, **options) == -1).all()
+    assert (launch("shared_of_another_block", {}, **TWO_BLOCKS, **options)[64:] == -1).all()
 
 
 def test_unknown_schedule_is_refused():

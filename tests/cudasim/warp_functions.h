@@ -106,8 +106,8 @@ inline CUDASIM_UNCHECKED unsigned ballot(const char* function, unsigned mask, bo
 
 // Fibers switch at accesses that are checked, so unchecked code is atomic.
 template <typename Value, typename Update>
-CUDASIM_UNCHECKED Value atomic_update(Value* address, Update update) {
-  atomic_access(address, sizeof(Value));
+CUDASIM_UNCHECKED Value atomic_update(Value* address, void* pc, Update update) {
+  atomic_access(address, sizeof(Value), pc);
   const Value old = *address;
   *address = update(old);
   return old;
@@ -188,11 +188,15 @@ CUDASIM_UNCHECKED unsigned __match_any_sync(unsigned mask, Value value, CUDASIM_
   return out;
 }
 
-#define CUDASIM_ATOMIC(name, expression)                                                           \
-  template <typename Value>                                                                        \
-  CUDASIM_UNCHECKED Value name(Value* address, ::cudasim::NotDeduced<Value> value) {               \
-    return ::cudasim::atomic_update(                                                               \
-        address, [value](Value old) CUDASIM_UNCHECKED { return static_cast<Value>(expression); }); \
+// Calls, never inlined: their return address is the line of the kernel.
+#define CUDASIM_ATOMIC_CALL CUDASIM_UNCHECKED __attribute__((noinline))
+
+#define CUDASIM_ATOMIC(name, expression)                                                  \
+  template <typename Value>                                                               \
+  CUDASIM_ATOMIC_CALL Value name(Value* address, ::cudasim::NotDeduced<Value> value) {    \
+    const auto update = [value](Value old)                                                \
+                            CUDASIM_UNCHECKED { return static_cast<Value>(expression); }; \
+    return ::cudasim::atomic_update(address, __builtin_return_address(0), update);        \
   }
 CUDASIM_ATOMIC(atomicAdd, old + value)
 CUDASIM_ATOMIC(atomicMin, value < old ? value : old)
@@ -204,8 +208,9 @@ CUDASIM_ATOMIC(atomicExch, ((void)old, value))
 #undef CUDASIM_ATOMIC
 
 template <typename Value>
-CUDASIM_UNCHECKED Value atomicCAS(Value* address, ::cudasim::NotDeduced<Value> expected,
-                                  ::cudasim::NotDeduced<Value> value) {
-  return ::cudasim::atomic_update(
-      address, [=](Value old) CUDASIM_UNCHECKED { return old == expected ? value : old; });
+CUDASIM_ATOMIC_CALL Value atomicCAS(Value* address, ::cudasim::NotDeduced<Value> expected,
+                                    ::cudasim::NotDeduced<Value> value) {
+  const auto update = [=](Value old) CUDASIM_UNCHECKED { return old == expected ? value : old; };
+  return ::cudasim::atomic_update(address, __builtin_return_address(0), update);
 }
+#undef CUDASIM_ATOMIC_CALL

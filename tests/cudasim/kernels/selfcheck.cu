@@ -189,6 +189,10 @@ SELFCHECK(read_past_input) { out[threadIdx.x] = values[threadIdx.x + 1]; }  // F
 
 SELFCHECK(write_past_output) { out[threadIdx.x + 1] = out[threadIdx.x] = 1; }  // FAULT
 
+SELFCHECK(cached_read_past_input) { out[threadIdx.x] = __ldg(values + threadIdx.x + 1); }  // FAULT
+
+SELFCHECK(atomic_past_output) { atomicAdd(out + threadIdx.x + 1, 1); }  // FAULT
+
 SELFCHECK(read_before_input) { out[threadIdx.x] = values[int(threadIdx.x) - 1]; }  // FAULT
 
 SELFCHECK(read_past_static_shared) {

@@ -215,11 +215,8 @@ void check_access(const Access& access, size_t alignment) {
   if (options.preemption > 0 && random_fraction() < options.preemption) yield_to_another();
 }
 
-void atomic_access(const void* address, size_t bytes) {
-  if (!checked) return;
-  check_access(
-      {reinterpret_cast<uintptr_t>(address), bytes, true, true, __builtin_return_address(0)},
-      bytes);
+void atomic_access(const void* address, size_t bytes, void* pc) {
+  if (checked) check_access({reinterpret_cast<uintptr_t>(address), bytes, true, true, pc}, bytes);
 }
 
 void track(const void* data, size_t bytes, const std::string& name, bool writable,

@@ -79,7 +79,7 @@ enum class Vote { kNone, kCount, kAnd, kOr };
 CUDASIM_EXPORT int block_barrier(Vote, bool predicate, Location);
 
 CUDASIM_EXPORT void* dynamic_shared_memory();
-CUDASIM_EXPORT void atomic_access(const void* address, size_t bytes);
+CUDASIM_EXPORT void atomic_access(const void* address, size_t bytes, void* pc);
 
 // ---- within the runtime
 
