@@ -15,8 +15,26 @@ PyMODINIT_FUNC PyInit__C() {
 
 // a FRAGMENT, because STABLE_TORCH_LIBRARY of torch 2.10 does not expand its argument
 STABLE_TORCH_LIBRARY_FRAGMENT(DETR_FAST_NAMESPACE, m) {
-  // GIoU of every pair of boxes: (N, 4), (M, 4) -> (N, M)
+  // IoU and generalized IoU of every pair of boxes: (..., N, 4), (..., M, 4) -> (..., N, M)
+  m.def("box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
   m.def("generalized_box_iou(Tensor boxes1, Tensor boxes2) -> Tensor");
-  // Gradient of boxes1: (N, M), (N, 4), (M, 4) -> (N, 4)
-  m.def("generalized_box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2) -> Tensor");
+  // Gradients of boxes1 and boxes2 from (..., N, M); (0,) where not needed
+  m.def(
+      "box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, bool needs1, bool needs2) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "generalized_box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, bool needs1, "
+      "bool needs2) -> (Tensor, Tensor)");
+  // 1 - GIoU of matched pairs: (..., 4), (..., 4) -> (...)
+  m.def("generalized_box_iou_loss(Tensor boxes1, Tensor boxes2, float eps) -> Tensor");
+  // Gradients of boxes1 and boxes2 from (...); (0,) where not needed
+  m.def(
+      "generalized_box_iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, float eps, "
+      "bool needs1, bool needs2) -> (Tensor, Tensor)");
+  // L1 and 1 - GIoU of matched pairs, centre and size: (..., 4), (..., 4) -> (...), (...)
+  m.def("matched_box_losses(Tensor src, Tensor tgt) -> (Tensor l1, Tensor giou_loss)");
+  // Gradients of src and tgt from (...), (...); (0,) where not needed
+  m.def(
+      "matched_box_losses_backward(Tensor grad_l1, Tensor grad_giou, Tensor src, Tensor tgt, "
+      "bool needs_src, bool needs_tgt) -> (Tensor, Tensor)");
 }

@@ -2,6 +2,7 @@
 """Fixtures that all tests share."""
 
 import os
+import platform
 from pathlib import Path
 
 import pytest
@@ -10,18 +11,21 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.fixture(params=["cpu", "cudasim", "cuda"])
+@pytest.fixture(params=["cpu", "cudasim-forward", "cudasim-reverse", "cudasim-random", "cuda"])
 def device(request):
     """Where the op under test runs: one test body serves the CPU twin, the simulator and a GPU."""
-    if request.param == "cudasim":
+    name, _, schedule = request.param.partition("-")
+    if name == "cudasim":
+        if platform.machine() != "x86_64":
+            pytest.skip(f"the simulator's fibers are written for x86-64, not {platform.machine()}")
         from tests.cudasim import simulated  # compiles the kernels: only where a test asks
 
-        with simulated():
+        with simulated(schedule=schedule):
             yield torch.device("cpu")
         return
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    yield torch.device(request.param)
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip(f"no GPU: torch {torch.__version__} sees none")
+    yield torch.device(name)
 
 
 @pytest.fixture(scope="session")

@@ -31,14 +31,21 @@ std::string shape_string(const Sizes& sizes) {
   return text.str();
 }
 
-inline void check_shape(const Tensor& tensor, const char* name,
-                        std::initializer_list<int64_t> expected) {
+template <typename Sizes = std::initializer_list<int64_t>>
+void check_shape(const Tensor& tensor, const char* name, const Sizes& expected) {
   const auto sizes = tensor.sizes();
   const bool fits =
       std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end(),
                  [](int64_t size, int64_t wanted) { return wanted == kAnySize || size == wanted; });
   STD_TORCH_CHECK(fits, name, ": expected shape ", shape_string(expected), ", got ",
                   shape_string(sizes));
+}
+
+inline void check_floating(const Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, name,
+                  ": expected dtype Float or Double, got ", dtype, "; call ", name, ".float()");
 }
 
 inline std::string device_string(const Tensor& tensor) {

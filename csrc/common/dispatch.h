@@ -1,9 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one dispatch macro: runs a callable with `scalar_t` set to the element type of `tensor`.
-// Keep kernel launches out of its body: the commas of <<<...>>> would split the macro's arguments.
+// Runs one body for each element type. A function and not LibTorch's macro: that splits its
+// arguments on every comma of the body, those of template arguments and of <<<...>>> included.
 #pragma once
 
-#include <torch/headeronly/core/Dispatch_v2.h>
+#include "common/checks.h"
 
-#define DETR_FAST_DISPATCH_FLOATING(tensor, op, ...) \
-  THO_DISPATCH_V2((tensor).scalar_type(), op, AT_WRAP(__VA_ARGS__), AT_FLOATING_TYPES)
+namespace detr_fast {
+
+// Calls body(scalar_t()) with the element type of `tensor`, which check_floating has accepted:
+//   dispatch_floating(boxes, [&](auto zero) { using scalar_t = decltype(zero); ... });
+template <typename Body>
+void dispatch_floating(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == torch::headeronly::ScalarType::Double) {
+    body(double());
+  } else {
+    body(float());
+  }
+}
+
+}  // namespace detr_fast

@@ -2,6 +2,26 @@
 """The compiled ops.  Each has a reference twin of the same name in :mod:`detr_fast.reference`."""
 
 from detr_fast.ops._library import backend, use_reference
-from detr_fast.ops.boxes import generalized_box_iou
+from detr_fast.ops.boxes import (
+    box_area,
+    box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
+    check_boxes,
+    generalized_box_iou,
+    generalized_box_iou_loss,
+    matched_box_losses,
+)
 
-__all__ = ["backend", "generalized_box_iou", "use_reference"]
+__all__ = [
+    "backend",
+    "box_area",
+    "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
+    "check_boxes",
+    "generalized_box_iou",
+    "generalized_box_iou_loss",
+    "matched_box_losses",
+    "use_reference",
+]

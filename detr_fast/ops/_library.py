@@ -77,13 +77,18 @@ def use_reference() -> Iterator[None]:
 
 
 def with_reference(
-    reference: Callable[P, Result],
+    reference: Callable[P, Result], check: Callable[..., None] | None = None
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
-    """Decorate an op with its reference twin, which :func:`use_reference` calls instead."""
+    """Decorate an op with its reference twin, which :func:`use_reference` calls instead.
+
+    ``check`` is called with the arguments before either of them.
+    """
 
     def decorate(op: Callable[P, Result]) -> Callable[P, Result]:
         @functools.wraps(op)
         def run(*args: P.args, **kwargs: P.kwargs) -> Result:
+            if check is not None:
+                check(*args, **kwargs)
             return (reference if _reference_in_use else op)(*args, **kwargs)
 
         return run

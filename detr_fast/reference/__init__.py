@@ -2,15 +2,23 @@
 """Plain torch versions of the ops: same names, same signatures, the measure of all tests."""
 
 from detr_fast.reference.boxes import (
+    box_area,
     box_cxcywh_to_xyxy,
+    box_iou,
+    box_xyxy_to_cxcywh,
     generalized_box_iou,
+    generalized_box_iou_loss,
     matched_box_losses,
 )
 from detr_fast.reference.matcher import linear_sum_assignment
 
 __all__ = [
+    "box_area",
     "box_cxcywh_to_xyxy",
+    "box_iou",
+    "box_xyxy_to_cxcywh",
     "generalized_box_iou",
+    "generalized_box_iou_loss",
     "linear_sum_assignment",
     "matched_box_losses",
 ]

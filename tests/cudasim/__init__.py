@@ -6,6 +6,6 @@ The sources are those of the package: the folder ``common`` beside this file sta
 """
 
 from tests.cudasim.build import CSRC, library
-from tests.cudasim.simulate import simulated
+from tests.cudasim.simulate import SCHEDULES, load_test_kernels, scheduled, simulated
 
-__all__ = ["CSRC", "library", "simulated"]
+__all__ = ["CSRC", "SCHEDULES", "library", "load_test_kernels", "scheduled", "simulated"]

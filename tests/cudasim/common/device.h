@@ -6,18 +6,13 @@
 #include <vector>
 
 #include "common/checks.h"
-
-extern "C" {
-void cudasim_track(const void* data, size_t bytes, const char* name, int writable, int unwritten);
-void cudasim_untrack_all();
-long long cudasim_unwritten(const void* data);
-}
+#include "runtime/checker.h"
 
 namespace detr_fast {
 
 class DeviceScope {
  public:
-  explicit DeviceScope(const Tensor&) { cudasim_untrack_all(); }
+  explicit DeviceScope(const Tensor&) { cudasim::untrack_all(); }
 
   void* stream() const { return nullptr; }
 
@@ -36,17 +31,16 @@ class DeviceScope {
 
   void check_launch() const {
     for (const Tensor& output : outputs_) {
-      const long long bytes = cudasim_unwritten(output.const_data_ptr());
-      STD_TORCH_CHECK(bytes <= 0, bytes, " bytes of the output ", shape_string(output.sizes()),
+      const size_t bytes = cudasim::unwritten_bytes(output.const_data_ptr());
+      STD_TORCH_CHECK(bytes == 0, bytes, " bytes of the output ", shape_string(output.sizes()),
                       " were never written");
     }
   }
 
  private:
-  static void track(const Tensor& tensor, const char* role, bool writable) {
-    const std::string name = role + (" " + shape_string(tensor.sizes()));
-    cudasim_track(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), name.c_str(),
-                  writable, writable);
+  static void track(const Tensor& tensor, const char* role, bool output) {
+    cudasim::track(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(),
+                   role + (" " + shape_string(tensor.sizes())), output, output);
   }
 
   mutable std::vector<Tensor> outputs_;

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every benchmark shares: a case, its contenders, the record and the command line.
+
+A module ``bench_<subject>.py`` has ``cases(device, quick) -> list[Case]``.  The first contender of
+a case is its subject, the others are its peers.  :func:`compare` asserts that all of them agree
+with an independent expression before it times any of them.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.testing import assert_close
+
+from benchmarks.limits import measured_limits
+from benchmarks.report import records_table
+from benchmarks.timing import Run, Time, time_all, time_on_gpu
+
+HERE = Path(__file__).resolve().parent
+SECONDS = {"cpu": 0.5, "cuda": 0.2}  # spent on each contender
+QUICK_SECONDS = 0.02
+
+Check = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute the outputs of a case.
+
+    Args:
+        run (Callable): a call without arguments, which is timed.
+        checked (Callable): returns what is compared; ``run`` unless that is random.
+        slow_start (bool): compiles first; left out of quick runs and where nothing is timed.
+        waits (bool): synchronises with the GPU, so that no CUDA graph can hold it.
+    """
+
+    run: Run
+    checked: Run | None = None
+    slow_start: bool = False
+    waits: bool = False
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A peer that cannot take part, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Contenders of a case, the subject first, and the outputs that all of them must reach."""
+
+    expected: Run
+    contenders: dict[str, Contender | Missing]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a benchmark.
+
+    Args:
+        name (str): operation, shape and direction.
+        build (Callable): makes the inputs; called when the case runs.
+        check (Callable): raises AssertionError unless (actual, expected) agree.
+        bytes (int): each input read once and each output written once.
+        flops (int): floating-point operations, counted for matmul-bound cases.
+    """
+
+    name: str
+    build: Callable[[], Setup] = field(repr=False)
+    check: Check = field(default=assert_close, repr=False)
+    bytes: int = 0
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def optional(module: str) -> ModuleType | Missing:
+    """The module of a peer, or the reason why there is none."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        return Missing(f"not installed: {error}")
+
+
+def within(atol: float = 0.0, rtol: float = 0.0) -> Check:
+    """Compare element by element, in the dtype of the expected outputs."""
+    return functools.partial(assert_close, atol=atol, rtol=rtol, check_dtype=False)
+
+
+def within_norm(limit: float) -> Check:
+    """Compare by ``|actual - expected| / |expected|`` of each output, in float32."""
+
+    def check(actual: Any, expected: Any) -> None:
+        for number, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            error = ((a.float() - e.float()).norm() / e.float().norm()).item()
+            assert error <= limit, f"output {number}: relative error {error:.1e} > {limit:.1e}"
+
+    return check
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for the very shapes of one case, without graph breaks.
+
+    What earlier cases compiled is forgotten: the guards of their shapes would cost time, and beyond
+    eight of them torch would run the function uncompiled.
+    """
+    torch.compiler.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def agreeing(case: Case, setup: Setup, slow: bool) -> dict[str, Contender | Missing]:
+    """Run every contender once and assert its outputs; a peer that cannot run becomes Missing.
+
+    Raises:
+        AssertionError: with the name of the contender whose outputs differ.
+    """
+    expected, result = setup.expected(), dict(setup.contenders)
+    subject = next(iter(result))
+    for name, contender in setup.contenders.items():
+        if isinstance(contender, Missing):
+            continue
+        if contender.slow_start and not slow:
+            result[name] = Missing("left out: starts slowly")
+            continue
+        try:
+            actual = contender.run()
+            if contender.checked:
+                actual = contender.checked()
+        except Exception as error:
+            if name == subject:
+                raise
+            result[name] = Missing(f"{type(error).__name__}: {_first_line(error)}")
+            continue
+        try:
+            case.check(actual, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{case}, {name}: {error}") from None
+    return result
+
+
+def compare(
+    case: Case, setup: Setup, device: torch.device, *, timed: bool = True, quick: bool = False
+) -> dict[str, Any]:
+    """Assert that all contenders agree, then time them; returns the record of the case."""
+    contenders = agreeing(case, setup, slow=timed and not quick)
+    absent = {k: {"missing": c.reason} for k, c in contenders.items() if isinstance(c, Missing)}
+    ready = {k: c for k, c in contenders.items() if isinstance(c, Contender)}
+    if not timed:
+        missing = "; ".join(f"{name} ({entry['missing']})" for name, entry in absent.items())
+        return {"case": case.name, "equal": ", ".join(ready), "missing": missing}
+    seconds = QUICK_SECONDS if quick else SECONDS[device.type]
+    times = time_all({name: c.run for name, c in ready.items()}, device, seconds)
+    entries = {name: _rounded(time) for name, time in times.items()}
+    if device.type == "cuda":
+        for name, contender in ready.items():
+            entries[name] |= _gpu_time(contender, seconds)
+    subject = next(iter(contenders))
+    ours = entries.pop(subject)
+    for name, entry in entries.items():
+        entry["ratio"] = round(times[name].us / times[subject].us, 2)
+        if "gpu_us" in entry and "gpu_us" in ours:
+            entry["gpu_ratio"] = round(entry["gpu_us"] / ours["gpu_us"], 2)
+    peers = {name: entries.get(name) or absent[name] for name in contenders if name != subject}
+    rates = _rates(case, ours.get("gpu_us", ours["us"]), device, quick)
+    return {"case": case.name, "subject": subject} | ours | rates | {"peers": peers}
+
+
+def run_benchmark(
+    subject: str, device: torch.device, *, timed: bool = True, quick: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Records of ``bench_<subject>.py``; a case that fails leaves a record with its error."""
+    if subject == "limits":
+        yield {"case": "limits", **measured_limits(device, quick)._asdict()}
+        return
+    module = importlib.import_module(f"benchmarks.bench_{subject}")
+    for case in module.cases(device, quick):
+        try:
+            yield compare(case, case.build(), device, timed=timed, quick=quick)
+        except Exception as error:
+            traceback.print_exc()
+            yield {"case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def subjects() -> list[str]:
+    """Names of the benchmarks of this folder."""
+    return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
+
+
+def one_thread(device: torch.device) -> None:
+    """CPU figures are those of one thread, on any machine."""
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run benchmarks without pytest; returns 1 if a case failed."""
+    parser = argparse.ArgumentParser(prog="python benchmarks", description=main.__doc__)
+    known = ["limits", *subjects()]
+    parser.add_argument("subject", nargs="*", help=f"of {', '.join(known)}; default: all")
+    parser.add_argument("--device", default="cpu", type=torch.device)
+    parser.add_argument("--quick", action="store_true", help="small shapes, times that mean little")
+    parser.add_argument("--equality", action="store_true", help="compare outputs, time nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records here")
+    options = parser.parse_args(argv)
+    for unknown in set(options.subject) - set(known):
+        parser.error(f"no benchmark {unknown!r}; there are {', '.join(known)}")
+    one_thread(options.device)
+    records = []
+    for subject in options.subject or (subjects() if options.equality else known):
+        for record in run_benchmark(
+            subject, options.device, timed=not options.equality, quick=options.quick
+        ):
+            records.append(record)
+            if options.json:  # as it stands: what ends this process leaves the cases before
+                options.json.write_text(json.dumps(records, indent=1) + "\n")
+    print(records_table(records))
+    return int(any("error" in record for record in records))
+
+
+def _rounded(time: Time) -> dict[str, Any]:
+    return {"us": _digits(time.us), "spread": round(time.spread, 3)}
+
+
+def _gpu_time(contender: Contender, seconds: float) -> dict[str, Any]:
+    if contender.waits:
+        return {"no_gpu_us": "waits for the GPU"}
+    try:
+        return {"gpu_us": _digits(time_on_gpu(contender.run, seconds).us)}
+    except Exception as error:  # the times that are there already shall stay
+        return {"no_gpu_us": _first_line(error)}
+
+
+def _rates(case: Case, us: float, device: torch.device, quick: bool) -> dict[str, Any]:
+    """Bytes and operations a second, and their share of what this device was measured to do."""
+    rates: dict[str, Any] = {}
+    if case.bytes:
+        gb_s = case.bytes / us / 1e3
+        limit = measured_limits(device, quick).copy_gb_s
+        rates |= {"gb_s": _digits(gb_s), "copy_share": round(gb_s / limit, 4)}
+    if case.flops:
+        tflop_s = case.flops / us / 1e6
+        limit = measured_limits(device, quick).matmul_tflop_s
+        rates |= {"tflop_s": _digits(tflop_s), "matmul_share": round(tflop_s / limit, 4)}
+    return rates
+
+
+def _digits(value: float) -> float:
+    """Four significant digits: the fifth is noise."""
+    return float(f"{value:.4g}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]

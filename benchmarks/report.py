@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records as tables to read."""
+
+import textwrap
+from typing import Any
+
+
+def results_page(page: dict[str, Any]) -> str:
+    """The results of one device as Markdown: what it is, the state of each part, its records."""
+    facts = ("torch", "cuda", "driver", "python")
+    known = [f"{name} {page[name]}" for name in facts if page.get(name)]
+    quick = ["", "A quick run: these figures mean nothing."] if page["quick"] else []
+    lines = [f"# {page['name']}", "", ", ".join(known), *quick, ""]
+    lines += ["| part | status | seconds | commit | date | note |"]
+    lines += ["| --- | --- | ---: | --- | --- | --- |"]
+    for name, part in page["parts"].items():
+        cells = [name, part["status"], f"{part['seconds']:g}", part["commit"][:10], part["date"]]
+        lines.append(f"| {' | '.join([*cells, _cell(part.get('note', ''))])} |")
+    for name, part in page["parts"].items():
+        if records := part.get("records"):
+            lines += ["", f"## {name}", "", records_table(records).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def records_table(records: list[dict[str, Any]]) -> str:
+    """Records as Markdown: cases of a benchmark, their errors below, then records of other form."""
+    cases = [record for record in records if "subject" in record]
+    errors = [f"- **{r['case']}** failed: {_cell(r['error'])}" for r in records if "error" in r]
+    others = [record for record in records if not {"subject", "error"} & record.keys()]
+    tables = (_cases_table(cases), "\n".join(errors), _plain_table(others))
+    return "\n\n".join(table for table in tables if table) + "\n"
+
+
+def _cases_table(cases: list[dict[str, Any]]) -> str:
+    if not cases:
+        return ""
+    lines = ["| case | subject | us | spread | GPU us | of the limit | peers |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+    for record in cases:
+        cells = [record["case"], record["subject"]]
+        cells += [f"{record['us']:g}", f"{record['spread']:.0%}"]
+        cells += [f"{record['gpu_us']:g}" if "gpu_us" in record else "", _rate(record)]
+        cells.append("; ".join(_peer(*item) for item in record["peers"].items()))
+        lines.append(f"| {' | '.join(_cell(c) for c in cells)} |")
+    return "\n".join(lines)
+
+
+def _peer(name: str, entry: dict[str, Any]) -> str:
+    if "missing" in entry:
+        return f"{name}: missing ({textwrap.shorten(entry['missing'], 60)})"
+    gpu = f", {entry['gpu_ratio']:g}x GPU time" if "gpu_ratio" in entry else ""
+    return f"{name} {entry['ratio']:g}x ({entry['us']:g} us{gpu})"
+
+
+def _rate(record: dict[str, Any]) -> str:
+    parts = []
+    if "gb_s" in record:
+        parts.append(f"{record['gb_s']:g} GB/s, {record['copy_share']:.1%} of a copy")
+    if "tflop_s" in record:
+        parts.append(f"{record['tflop_s']:g} TFLOP/s, {record['matmul_share']:.1%} of a matmul")
+    return "; ".join(parts)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _plain_table(records: list[dict[str, Any]]) -> str:
+    """One column for each key."""
+    if not records:
+        return ""
+    keys = list(dict.fromkeys(key for record in records for key in record if key != "output"))
+    lines = [f"| {' | '.join(keys)} |", f"| {' | '.join('---' for _ in keys)} |"]
+    for record in records:
+        lines.append(f"| {' | '.join(_cell(str(record.get(key, ''))) for key in keys)} |")
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Medians of interleaved rounds: processor time on a CPU, events on a GPU."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Run = Callable[[], Any]
+SHORTEST_ROUND = 5e-3  # seconds: long enough that what the others left in the caches is forgotten
+LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+RUNS_PER_GRAPH = 20  # shares out the launch of the graph
+
+
+class Time(NamedTuple):
+    """Median time of one call, and how far apart the quartiles of the rounds lie."""
+
+    us: float
+    spread: float  # (third - first quartile) / median
+
+
+def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, Time]:
+    """Time callables against each other on one device.
+
+    Round by round, every callable in turn: what disturbs the machine disturbs all of them.
+
+    Args:
+        runs (dict[str, Callable]): what to time, warmed up here.
+        device (torch.device): CPU or CUDA.
+        seconds (float): wall time to spend on each of them, about.
+
+    Returns:
+        dict[str, Time]: for each name, microseconds of a call.  On a CPU that is processor time: it
+        equals wall time where one thread computes on an idle machine, and other processes on a busy
+        one do not add to it.  On a GPU it is the time between events, as the caller sees it: the
+        launches are included where they take longer than the kernels.
+    """
+    one_round = _cuda_round if device.type == "cuda" else _cpu_round
+    counts, rounds = {}, MOST_ROUNDS
+    for name, run in runs.items():
+        _wall_time(one_round, run, 2)
+        once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
+        counts[name] = max(1, round(SHORTEST_ROUND / once))
+        rounds = min(rounds, int(seconds / (counts[name] * once)))
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(max(rounds, LEAST_ROUNDS)):
+        for name, run in runs.items():
+            run()
+            samples[name].append(one_round(run, counts[name]) / counts[name])
+    return {name: summary(values) for name, values in samples.items()}
+
+
+def summary(seconds: list[float]) -> Time:
+    """Median in microseconds and relative spread of samples in seconds."""
+    first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Time(us=median * 1e6, spread=(third - first) / median)
+
+
+def time_on_gpu(run: Run, seconds: float) -> Time:
+    """GPU time of one call without its launches: a CUDA graph of many calls, replayed.
+
+    Raises:
+        RuntimeError: if the call cannot be captured, because it waits for the GPU, say.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(RUNS_PER_GRAPH):
+            run()
+    replays = time_all({"graph": graph.replay}, torch.device("cuda"), seconds)["graph"]
+    return replays._replace(us=replays.us / RUNS_PER_GRAPH)
+
+
+def _wall_time(one_round: Callable[[Run, int], float], run: Run, count: int) -> float:
+    start = time.perf_counter()
+    one_round(run, count)  # waits for its end
+    return time.perf_counter() - start
+
+
+def _cpu_round(run: Run, count: int) -> float:
+    start = time.process_time()
+    for _ in range(count):
+        run()
+    return time.process_time() - start
+
+
+def _cuda_round(run: Run, count: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tiny case of each kernel of csrc, as nvcc emits it, against the CPU op."""
+
+import functools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import detr_fast
+from tests.cudasim.ptx import Memory
+from tests.cudasim.ptx.emit import product_kernels, toolkit
+from tests.cudasim.ptx.interpreted import interpreted
+
+# nvcc contracts products and sums; sums are added in another order
+TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
+
+
+def random_boxes(*sizes, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    low, size = torch.rand(2, *sizes, 2, generator=generator, dtype=torch.float64)
+    return torch.cat([low, low + 0.01 + size / 2], dim=-1).to(dtype)
+
+
+# op, shapes of its two sets of boxes
+CASES = {
+    # more columns than a warp has lanes, two problems, an end of a block within the pairs
+    "box_iou": (detr_fast.ops.box_iou, (2, 3, 4), (2, 37, 4)),
+    "generalized_box_iou": (detr_fast.ops.generalized_box_iou, (2, 3, 4), (2, 37, 4)),
+    # more rows than a block adds up for its columns
+    "split rows": (detr_fast.ops.generalized_box_iou, (259, 4), (3, 4)),
+    "generalized_box_iou_loss": (detr_fast.ops.generalized_box_iou_loss, (9, 4), (9, 4)),
+    "matched_box_losses": (detr_fast.ops.matched_box_losses, (9, 4), (9, 4)),
+}
+RUNS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.float64)]
+
+
+@pytest.fixture(scope="module")
+def home():
+    home, reason = toolkit()
+    if home is None:
+        pytest.skip(reason)
+    return home
+
+
+def values_and_gradients(case, dtype):
+    op, *shapes = CASES[case]
+    boxes = [
+        random_boxes(*s[:-1], dtype=dtype, seed=i).requires_grad_() for i, s in enumerate(shapes)
+    ]
+    outputs = op(*boxes)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    weights = [torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out) for out in outputs]
+    sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True)).backward()
+    return [out.detach() for out in outputs], [side.grad for side in boxes]
+
+
+@functools.cache
+def run_on_ptx(case, dtype, home):
+    with interpreted(home) as interpreter:
+        return values_and_gradients(case, dtype), interpreter.launched
+
+
+@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=str)
+def test_emitted_kernel_equals_the_cpu_op(home, case, dtype):
+    ours, launched = run_on_ptx(case, dtype, home)
+    assert launched
+    assert_close(ours, values_and_gradients(case, dtype), **TOLERANCE[dtype])
+
+
+def test_every_kernel_has_a_case(home):
+    launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
+    assert launched == set(product_kernels(home))
+
+
+def test_error_of_a_kernel_names_its_line(home, monkeypatch):
+    boxes = random_boxes(3, dtype=torch.float32, seed=1)
+    monkeypatch.setattr(Memory, "add", lambda *_, **__: 0)  # nothing may be touched
+    with interpreted(home), pytest.raises(RuntimeError, match=r"no such memory.* at \w+\.\w+:\d+"):
+        detr_fast.ops.generalized_box_iou(boxes, boxes)
