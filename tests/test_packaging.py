@@ -72,9 +72,8 @@ def test_source_file_has_its_licence_and_one_subject(path):
     assert (
         text.splitlines()[0][2:].strip().removeprefix(" ") == "SPDX-License-Identifier: Apache-2.0"
     )
-    simulator = "cudasim" in path.parts and path.suffix in (".cpp", ".h")
     limit = 500 if path.suffix in (".cu", ".cuh") else 400
-    assert simulator or len(text.splitlines()) <= limit
+    assert len(text.splitlines()) <= limit
 
 
 @pytest.fixture
