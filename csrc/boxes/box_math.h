@@ -100,12 +100,14 @@ DETR_FAST_HOST_DEVICE T similarity(Box<T> a, Box<T> b, T eps) {
   return iou - ratio(o.hull - o.union_area, o.hull + eps);
 }
 
+template <typename T>
+constexpr T kLargest = std::numeric_limits<T>::max();
+
 // 1 / value; 0 where that is infinite: an empty term is constant, its gradient 0.
 template <typename T>
 DETR_FAST_HOST_DEVICE T reciprocal(T value) {
-  constexpr T largest = std::numeric_limits<T>::max();
   const T result = T(1) / value;
-  return result > largest || result < -largest ? T(0) : result;
+  return result > kLargest<T> || result < -kLargest<T> ? T(0) : result;
 }
 
 // The share of the gradient of max(a, b) that goes to a: one half at a tie, as in torch.maximum.

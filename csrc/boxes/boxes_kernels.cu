@@ -11,6 +11,10 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
+// The fewest blocks of a backward kernel that a multiprocessor shall hold: left to itself, ptxas
+// spills doubles to reach 64 registers a thread.
+template <typename scalar_t>
+constexpr int kBlocks = sizeof(scalar_t) == sizeof(float) ? 4 : 2;
 // Rows that one block adds up for the gradient of the columns: 32 a warp.
 constexpr int kSplitRows = 256;
 
@@ -42,7 +46,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One warp per row: its lanes share out the columns, then add up.
 template <Hull kHull, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     pairwise_iou_backward_rows_kernel(const scalar_t* __restrict__ grad,  // (problems, n, m)
                                       PairwiseSteps step,
                                       const Box<scalar_t>* __restrict__ boxes1,  // (problems, n)
@@ -68,7 +72,7 @@ __global__ void __launch_bounds__(kThreads)
 // One block per 32 columns and kSplitRows rows of a problem: a lane keeps its column, the warps
 // share out the rows, then the first warp adds up.
 template <Hull kHull, typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     pairwise_iou_backward_columns_kernel(const scalar_t* __restrict__ grad,  // (problems, n, m)
                                          PairwiseSteps step,
                                          const Box<scalar_t>* __restrict__ boxes1,  // (problems, n)
@@ -131,7 +135,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     generalized_box_iou_loss_backward_kernel(const scalar_t* __restrict__ grad, long long step,
                                              const Box<scalar_t>* __restrict__ boxes1,
                                              const Box<scalar_t>* __restrict__ boxes2, scalar_t eps,
@@ -159,7 +163,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename scalar_t>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
     matched_box_losses_backward_kernel(const scalar_t* __restrict__ grad_l1, long long step_l1,
                                        const scalar_t* __restrict__ grad_giou, long long step_giou,
                                        const Box<scalar_t>* __restrict__ src,
