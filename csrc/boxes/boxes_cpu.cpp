@@ -94,43 +94,55 @@ DETR_FAST_MULTIVERSION void matched_box_losses_range(const scalar_t* src, const 
   }
 }
 
-// Stores the sides of a gradient that are needed: the others are nullptr.
-template <typename scalar_t>
-DETR_FAST_HOST_DEVICE void store_sides(scalar_t* grad1, scalar_t* grad2, int64_t i,
-                                       PairGradient<scalar_t> gradient) {
-  if (grad1 != nullptr) store_box(grad1 + i * 4, gradient.first);
-  if (grad2 != nullptr) store_box(grad2 + i * 4, gradient.second);
-}
-
 template <typename scalar_t>
 DETR_FAST_MULTIVERSION void generalized_box_iou_loss_backward_range(
-    const scalar_t* grad, int64_t step, const scalar_t* boxes1, const scalar_t* boxes2,
-    scalar_t eps, int64_t begin, int64_t end, scalar_t* __restrict grad1,
-    scalar_t* __restrict grad2) {
+    const scalar_t* grad, const scalar_t* boxes1, const scalar_t* boxes2, scalar_t eps,
+    int64_t begin, int64_t end, scalar_t* __restrict grad1, scalar_t* __restrict grad2) {
   for (int64_t i = begin; i < end; ++i) {
-    const auto gradient = generalized_box_iou_loss_gradient(
-        load_box(boxes1 + i * 4), load_box(boxes2 + i * 4), eps, grad[i * step]);
-    store_sides(grad1, grad2, i, gradient);
+    const auto gradient = generalized_box_iou_loss_gradient(load_box(boxes1 + i * 4),
+                                                            load_box(boxes2 + i * 4), eps, grad[i]);
+    store_box(grad1 + i * 4, gradient.first);
+    store_box(grad2 + i * 4, gradient.second);
   }
 }
 
 template <typename scalar_t>
 DETR_FAST_MULTIVERSION void matched_box_losses_backward_range(
-    const scalar_t* grad_l1, int64_t step_l1, const scalar_t* grad_giou, int64_t step_giou,
-    const scalar_t* src, const scalar_t* tgt, int64_t begin, int64_t end,
-    scalar_t* __restrict grad_src, scalar_t* __restrict grad_tgt) {
+    const scalar_t* grad_l1, const scalar_t* grad_giou, const scalar_t* src, const scalar_t* tgt,
+    int64_t begin, int64_t end, scalar_t* __restrict grad_src, scalar_t* __restrict grad_tgt) {
   for (int64_t i = begin; i < end; ++i) {
-    const BoxLosses<scalar_t> grad = {grad_l1[i * step_l1], grad_giou[i * step_giou]};
+    const BoxLosses<scalar_t> grad = {grad_l1[i], grad_giou[i]};
     const auto gradient =
         matched_box_losses_gradient(load_box(src + i * 4), load_box(tgt + i * 4), grad);
-    store_sides(grad_src, grad_tgt, i, gradient);
+    store_box(grad_src + i * 4, gradient.first);
+    store_box(grad_tgt + i * 4, gradient.second);
   }
+}
+
+// The `count` elements of a gradient side by side: where they lie, or copied to `buffer`.
+template <typename scalar_t>
+const scalar_t* packed(const scalar_t* grad, int64_t step, int64_t count,
+                       std::vector<scalar_t>& buffer) {
+  if (step == 1) return grad;
+  buffer.resize(count);
+  for (int64_t i = 0; i < count; ++i) buffer[i] = grad[i * step];
+  return buffer.data();
 }
 
 // The data of a tensor, nullptr where its side of a gradient is not needed.
 template <typename scalar_t>
 scalar_t* side_data(const Tensor& tensor, bool needed) {
   return needed ? tensor.mutable_data_ptr<scalar_t>() : nullptr;
+}
+
+// Where a loop puts a side of a gradient: a side that is not needed goes to `buffer`, because a
+// branch would keep the loop from being vectorised.
+template <typename scalar_t>
+scalar_t* side_or_buffer(const Tensor& tensor, bool needed, int64_t size,
+                         std::vector<scalar_t>& buffer) {
+  if (needed) return tensor.mutable_data_ptr<scalar_t>();
+  buffer.resize(size);
+  return buffer.data();
 }
 
 template <Hull kHull>
@@ -166,14 +178,10 @@ template <Hull kHull, typename scalar_t>
 void pairwise_iou_backward_rows(const scalar_t* grad, PairwiseSteps step, const scalar_t* rows,
                                 int64_t count, const scalar_t* columns, int64_t m,
                                 scalar_t* row_sums, scalar_t* column_sums) {
-  std::vector<scalar_t> packed(step.column == 1 ? 0 : m);
+  std::vector<scalar_t> buffer;
   scalar_t unused[4];
   for (int64_t row = 0; row < count; ++row) {
-    const scalar_t* weights = grad + row * step.row;
-    if (step.column != 1) {
-      for (int64_t i = 0; i < m; ++i) packed[i] = weights[i * step.column];
-      weights = packed.data();
-    }
+    const scalar_t* weights = packed(grad + row * step.row, step.column, m, buffer);
     const Box<scalar_t> box = load_box(rows + row * 4);
     scalar_t* sum = row_sums == nullptr ? unused : row_sums + row * 4;
     if (column_sums == nullptr) {
@@ -267,14 +275,16 @@ std::tuple<Tensor, Tensor> generalized_box_iou_loss_backward_cpu(const Tensor& g
   const Tensor grad1 = gradient_of(boxes1, needs1), grad2 = gradient_of(boxes2, needs2);
   dispatch_floating(boxes1, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto* weight_data = weights.tensor.const_data_ptr<scalar_t>();
+    std::vector<scalar_t> packing, unneeded1, unneeded2;
+    const auto* weight_data =
+        packed(weights.tensor.const_data_ptr<scalar_t>(), weights.step, pairs, packing);
     const auto* data1 = first.const_data_ptr<scalar_t>();
     const auto* data2 = second.const_data_ptr<scalar_t>();
-    auto* out1 = side_data<scalar_t>(grad1, needs1);
-    auto* out2 = side_data<scalar_t>(grad2, needs2);
+    auto* out1 = side_or_buffer(grad1, needs1, pairs * 4, unneeded1);
+    auto* out2 = side_or_buffer(grad2, needs2, pairs * 4, unneeded2);
     torch::stable::parallel_for(0, pairs, kPairsPerThread, [&](int64_t begin, int64_t end) {
-      generalized_box_iou_loss_backward_range(weight_data, weights.step, data1, data2,
-                                              scalar_t(eps), begin, end, out1, out2);
+      generalized_box_iou_loss_backward_range(weight_data, data1, data2, scalar_t(eps), begin, end,
+                                              out1, out2);
     });
   });
   return {grad1, grad2};
@@ -311,15 +321,18 @@ std::tuple<Tensor, Tensor> matched_box_losses_backward_cpu(const Tensor& grad_l1
   const Tensor grad_src = gradient_of(src, needs_src), grad_tgt = gradient_of(tgt, needs_tgt);
   dispatch_floating(src, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto* l1_data = weights_l1.tensor.const_data_ptr<scalar_t>();
-    const auto* giou_data = weights_giou.tensor.const_data_ptr<scalar_t>();
+    std::vector<scalar_t> packing_l1, packing_giou, unneeded_src, unneeded_tgt;
+    const auto* l1_data =
+        packed(weights_l1.tensor.const_data_ptr<scalar_t>(), weights_l1.step, pairs, packing_l1);
+    const auto* giou_data = packed(weights_giou.tensor.const_data_ptr<scalar_t>(),
+                                   weights_giou.step, pairs, packing_giou);
     const auto* src_data = first.const_data_ptr<scalar_t>();
     const auto* tgt_data = second.const_data_ptr<scalar_t>();
-    auto* src_out = side_data<scalar_t>(grad_src, needs_src);
-    auto* tgt_out = side_data<scalar_t>(grad_tgt, needs_tgt);
+    auto* src_out = side_or_buffer(grad_src, needs_src, pairs * 4, unneeded_src);
+    auto* tgt_out = side_or_buffer(grad_tgt, needs_tgt, pairs * 4, unneeded_tgt);
     torch::stable::parallel_for(0, pairs, kPairsPerThread, [&](int64_t begin, int64_t end) {
-      matched_box_losses_backward_range(l1_data, weights_l1.step, giou_data, weights_giou.step,
-                                        src_data, tgt_data, begin, end, src_out, tgt_out);
+      matched_box_losses_backward_range(l1_data, giou_data, src_data, tgt_data, begin, end, src_out,
+                                        tgt_out);
     });
   });
   return {grad_src, grad_tgt};

@@ -33,16 +33,6 @@ class Launch(NamedTuple):
     memory: Memory
 
 
-class Copy(NamedTuple):
-    """A cp.async on its way: `size` bytes, of which `read` come from memory, the rest are 0."""
-
-    lanes: np.ndarray
-    target: np.ndarray
-    source: np.ndarray
-    size: int
-    read: np.ndarray
-
-
 class Block:
     """The state of one block."""
 
@@ -73,7 +63,6 @@ class Block:
         self.symbols = {name: at for place in places for name, at in place.items()}
         self.at = np.zeros(count, np.int64)  # program counters
         self.waits, self.done = np.zeros((2, count), bool)
-        self.copies: list[list[Copy]] = [[]]  # groups of cp.async; the last one is open
 
     # ---- operands
 
@@ -190,11 +179,8 @@ class Block:
     def _complete_warps(self, instruction: Instruction, at: int) -> np.ndarray:
         """Threads at `instruction` whose masks wait for nobody any more."""
         here = np.flatnonzero(self.waits & (self.at == at))
-        needed = np.full(len(here), 0xFFFFFFFF, np.uint32)  # mma and ldmatrix: the whole warp
-        if instruction.name[0] == "bar":
-            needed = self.value(instruction.operands[0], "u32", here)
-        elif "aligned" not in instruction.name:
-            needed = self.value(instruction.operands[-1], "u32", here)
+        mask = instruction.operands[0 if instruction.name[0] == "bar" else -1]
+        needed = self.value(mask, "u32", here)
         arrived = np.zeros(-(-self.count // WARP), np.uint32)
         gone = np.full_like(arrived, 0xFFFFFFFF)
         alive = np.flatnonzero(~self.done)

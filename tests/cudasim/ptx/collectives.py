@@ -76,45 +76,6 @@ def match(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
         block.put(target, np.bitwise_or.reduce(bits, axis=1), warp)
 
 
-# Fragments of an 8x8 matrix: lane l holds elements 2 * (l % 4) and + 1 of row l // 4.
-ROW, COLUMN = np.arange(WARP) // 4, np.arange(WARP) % 4 * 2
-BFLOAT_FRAGMENTS = [np.uint32(0), np.uint32(16)]  # where the two elements stand in a register
-
-
-def multiply_matrices(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """mma.m16n8k16: (16, 16) @ (16, 8) + (16, 8), bfloat16 to float32 (PTX ISA, fragments)."""
-    _, name, (target, *sources), where = instruction
-    if name[3:] != ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
-        raise NotImplementedError(where)
-    for warp in warps_of(lanes):
-        a, b, c = ([block.value(r, "b32", warp) for r in source] for source in sources)
-        left, right = np.zeros((16, 16), np.float32), np.zeros((16, 8), np.float32)
-        total = np.zeros((16, 8), np.float32)
-        for h, position in enumerate(BFLOAT_FRAGMENTS):
-            upper = [(r >> position << np.uint32(16)).view(np.float32) for r in (*a, *b)]
-            for i in range(4):
-                left[ROW + i % 2 * 8, COLUMN + h + i // 2 * 8] = upper[i]
-            for i in range(2):
-                right[COLUMN + h + i * 8, ROW] = upper[4 + i]
-        for i in range(4):
-            total[ROW + i // 2 * 8, COLUMN + i % 2] = c[i].view(np.float32)
-        total += left @ right
-        for i in range(4):
-            block.put(target[i], total[ROW + i // 2 * 8, COLUMN + i % 2], warp)
-
-
-def load_matrices(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """ldmatrix: the i-th eight lanes name the rows of the i-th 8x8 matrix of 16-bit elements."""
-    _, name, (targets, address), _ = instruction
-    for warp in warps_of(lanes):
-        rows = block.shared.read(block.address(address, warp), 16).view(np.uint16)
-        for i, target in enumerate(targets):
-            matrix = rows[8 * i : 8 * i + 8].astype(np.uint32)
-            matrix = matrix.T if "trans" in name else matrix
-            pair = matrix[ROW, COLUMN] | matrix[ROW, COLUMN + 1] << np.uint32(16)
-            block.put(target, pair, warp)
-
-
 def warps_of(lanes: np.ndarray) -> list[np.ndarray]:
     return [lanes[lanes // WARP == warp] for warp in np.unique(lanes // WARP)]
 
@@ -124,6 +85,4 @@ MEET = {
     "vote": vote,
     "redux": reduce,
     "match": match,
-    "mma": multiply_matrices,
-    "ldmatrix": load_matrices,
 }

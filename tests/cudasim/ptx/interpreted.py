@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tests.cudasim.build import CSRC, FLAGS, includes
+from tests.cudasim.build import CSRC, FLAGS, TORCH, includes, runtime
 from tests.cudasim.ptx import Memory, run_blocks
 from tests.cudasim.ptx.emit import demangled, once, product_kernels, sources
 
@@ -28,19 +28,19 @@ NAMESPACE = "detr_fast_ptx"
 @functools.cache
 def library() -> Path:
     """The ops of csrc with a host side that records its launches."""
-    inputs = sources(CSRC, HERE.parent)
+    headers = [path for path in sources(CSRC, HERE.parent) if path.suffix in (".h", ".cuh")]
     names = (f"-DDETR_FAST_NAMESPACE={NAMESPACE}", "-DDETR_FAST_CUDA_KEY=CPU")
     flags = [*FLAGS, *names, f"-I{HERE}", *includes(CSRC), "-O0", "-x", "c++", "-w"]
     files = [CSRC / "ops.cpp", HERE / "recorder.cpp"]
     files += sorted([*CSRC.rglob("*_cuda.cpp"), *CSRC.rglob("*.cu")])
 
     def compile_one(source: Path) -> Path:
-        return once(f"ptx-{source.stem}", ".o", inputs, ["g++", *flags, "-c", source])
+        return once(f"ptx-{source.stem}", ".o", [*headers, source], ["g++", *flags, "-c", source])
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, files))
-    torch_lib = Path(torch.__file__).parent / "lib"
-    link = ["g++", "-shared", *objects, f"-L{torch_lib}", "-ltorch_cpu", "-ltorch"]
+    # the simulator resolves what the bodies of the kernels call
+    link = ["g++", "-shared", *objects, runtime(), f"-L{TORCH / 'lib'}", "-ltorch_cpu", "-ltorch"]
     return once(f"lib{NAMESPACE}", ".so", objects, link)
 
 

@@ -8,7 +8,7 @@ import operator
 
 import numpy as np
 
-from tests.cudasim.ptx.block import TYPES, Block, Copy
+from tests.cudasim.ptx.block import TYPES, Block
 from tests.cudasim.ptx.memory import PtxError
 from tests.cudasim.ptx.program import Instruction
 
@@ -54,14 +54,12 @@ ARITHMETIC = {
     "mad": lambda x, y, z: x * y + z,
     "fma": fused,
     "rcp": lambda x: x.dtype.type(1) / x,
-    "sqrt": np.sqrt,
     "rsqrt": lambda x: x.dtype.type(1) / np.sqrt(x),
     "ex2": np.exp2,
     "lg2": np.log2,
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
-    "not": operator.invert,
     "cvta": lambda x: x,
 }
 
@@ -87,9 +85,6 @@ def arithmetic(block: Block, instruction: Instruction, lanes: np.ndarray) -> Non
     _, name, (target, *sources), _ = instruction
     kind = name[-1]
     function = ARITHMETIC[name[0]]
-    if kind in ("f16", "bf16", "f16x2", "bf16x2"):
-        block.put(target, half_arithmetic(block, function, kind, sources, lanes), lanes)
-        return
     values = [block.value(source, kind, lanes) for source in sources]
     if name[1] in ("wide", "hi"):
         wide = TYPES[f"{kind[0]}{2 * int(kind[1:])}"]
@@ -100,18 +95,6 @@ def arithmetic(block: Block, instruction: Instruction, lanes: np.ndarray) -> Non
             values = [(values[0] * values[1] >> wide.type(int(kind[1:]))).astype(TYPES[kind])]
             function = operator.pos
     block.put(target, function(*values), lanes)
-
-
-def half_arithmetic(block, function, kind, sources, lanes) -> np.ndarray:
-    """In float32, then rounded; x2: of the lower and the upper half of 32 bits."""
-    half = kind.removesuffix("x2")
-    parts = [np.uint32(0)] if kind == half else [np.uint32(0), np.uint32(16)]
-    bits = [block.value(source, "b32", lanes) for source in sources]
-    out = np.zeros(len(lanes), np.uint32)
-    for part in parts:
-        values = [from_half((b >> part).astype(np.uint16), half) for b in bits]
-        out |= to_half(function(*values), half).astype(np.uint32) << part
-    return out
 
 
 def shift(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
@@ -164,16 +147,12 @@ def select(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
 
 
 def convert(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    _, name, (target, *sources), _ = instruction
-    to, source = name[-2:]
-    if to in ("f16x2", "bf16x2"):  # upper half first
-        high, low = (to_half(block.value(s, "f32", lanes), to[:-2]) for s in sources)
-        block.put(target, low | high.astype(np.uint32) << np.uint32(16), lanes)
-        return
-    if source in ("f16", "bf16"):
-        value = from_half(block.value(sources[0], "b16", lanes), source)
+    _, name, (target, source), _ = instruction
+    to, kind = name[-2:]
+    if kind in ("f16", "bf16"):
+        value = from_half(block.value(source, "b16", lanes), kind)
     else:
-        value = block.value(sources[0], source, lanes)
+        value = block.value(source, kind, lanes)
     if "sat" in name:
         value = np.clip(np.nan_to_num(value), 0, 1)
     if to in ("f16", "bf16"):
@@ -237,40 +216,15 @@ COMBINE = {
 
 
 def atomic(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """One thread after the other; red is atom without a result."""
-    _, name, operands, _ = instruction
-    address, *sources = operands[1:] if name[0] == "atom" else operands
+    """One thread after the other."""
+    _, name, (target, address, *sources), _ = instruction
     combine = next(COMBINE[part] for part in name if part in COMBINE)
     dtype = np.dtype(TYPES[name[-1]])
     for lane in lanes.reshape(-1, 1):
         old = block.load(name, address, dtype.itemsize, lane).view(dtype)[0]
         new = combine(old, *(block.value(source, name[-1], lane) for source in sources))
         block.store(name, address, np.array(new, dtype).reshape(1, 1).view(np.uint8), lane)
-        if name[0] == "atom":
-            block.put(operands[0], old, lane)
-
-
-def copy_async(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """What is copied arrives with the wait, until then its place reads as NaN."""
-    _, name, operands, _ = instruction
-    if "commit_group" in name:
-        block.copies.append([])
-    elif "wait_group" in name:
-        keep = int(operands[0]) + 1  # and the open group
-        arriving = block.copies[:-keep]
-        block.copies = block.copies[-keep:]
-        for copy in (copy for group in arriving for copy in group):
-            for target, source, read in zip(copy.target, copy.source, copy.read, strict=True):
-                data = np.zeros((1, copy.size), np.uint8)
-                if read:
-                    data[:, :read] = block.memory.read(source.reshape(1), int(read))
-                block.shared.write(target.reshape(1), data)
-    else:
-        size = int(operands[2])
-        read = block.value(operands[3] if len(operands) > 3 else operands[2], "u32", lanes)
-        target, source = (block.address(operand, lanes) for operand in operands[:2])
-        block.shared.write(target, np.full((len(lanes), size), 0xFF, np.uint8))
-        block.copies[-1].append(Copy(lanes, target, source, size, read))
+        block.put(target, old, lane)
 
 
 def insert_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
@@ -280,38 +234,29 @@ def insert_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> No
     block.put(target, into & ~mask | bits << np.uint32(start) & mask, lanes)
 
 
-def highest_bit(number: int, by_shift: bool) -> int:
-    """Position of the highest bit that is set, or how far it has to go left; -1 for 0."""
-    if number == 0:
-        return 0xFFFFFFFF
-    return 32 - number.bit_length() if by_shift else number.bit_length() - 1
-
-
 BITS = {
     "popc": lambda x, name: x.bit_count(),
     "clz": lambda x, name: int(name[-1][1:]) - x.bit_length(),
     "brev": lambda x, name: int(f"{x:0{name[-1][1:]}b}"[::-1], 2),
-    "bfind": lambda x, name: highest_bit(x, "shiftamt" in name),
+    # how far the highest bit that is set has to go left
+    "bfind": lambda x, name: 32 - x.bit_length() if x else 0xFFFFFFFF,
 }
 
 
 def count_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    _, name, (target, source), _ = instruction
+    _, name, (target, source), where = instruction
+    if name[0] == "bfind" and name[1:] != ("shiftamt", "u32"):
+        raise NotImplementedError(where)
     values = block.value(source, name[-1].replace("s", "u"), lanes)
     results = [BITS[name[0]](int(value), name) for value in values]
     block.put(target, np.array(results, values.dtype), lanes)
-
-
-def no_effect(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Fences: threads see each other's writes at once here."""
 
 
 EXECUTE = {
     **dict.fromkeys(ARITHMETIC, arithmetic),
     **dict.fromkeys(BITS, count_bits),
     **dict.fromkeys(("shl", "shr"), shift),
-    **dict.fromkeys(("atom", "red"), atomic),
-    "membar": no_effect,
+    "atom": atomic,
     "shf": funnel_shift,
     "setp": set_predicate,
     "selp": select,
@@ -319,6 +264,5 @@ EXECUTE = {
     "mov": move,
     "ld": load,
     "st": store,
-    "cp": copy_async,
     "bfi": insert_bits,
 }

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks that a mutant of the box kernels has to pass: ops on inputs, by name.
+
+They call the registered ops, backward ones too, on what the tests of the ops use: sizes that end
+within a warp, a block and a split of the rows, ties, boxes without area, NaN, any strides, no
+boxes, and inputs that must be refused.  The CPU twin says what is right.
+"""
+
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import detr_fast  # noqa: F401 (registers the ops)
+
+OPS = torch.ops.detr_fast
+TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
+NAN = float("nan")
+SPECIAL = [
+    *([0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 2, 1], [1, 0, 2, 1], [1, 1, 2, 2], [3, 0, 4, 4]),
+    *([0.5, 0.5, 0.5, 0.5], [2, 2, 1, 1], [0, 0, 0, 3], [NAN, 0, 1, 1], [-1, -1, 0.5, 9]),
+]
+PAIRWISE = ("box_iou", "generalized_box_iou")
+SIZES = [(1, 1, 1), (1, 7, 33), (2, 5, 70), (3, 257, 2), (1, 511, 1), (2, 3, 32)]
+NO_BOXES = [(0, 4, 4), (1, 0, 5), (2, 5, 0)]
+NEEDS = [(True, True), (True, False), (False, True)]  # one for each gradient
+TOO_MANY = 46341  # squared: more than 2**31 - 1
+
+
+class Check(NamedTuple):
+    """A call of an op; `message` is part of the error that is due, if one is."""
+
+    op: str
+    arguments: tuple
+    message: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.arguments[0].dtype
+
+
+def random_boxes(*sizes: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low, size = torch.rand(2, *sizes, 2, generator=generator, dtype=torch.float64)
+    return torch.cat([low, low + 0.01 + size / 2], dim=-1).to(dtype)
+
+
+def gradients(sizes: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Contiguous, expanded as that of a sum, and transposed."""
+    generator = torch.Generator().manual_seed(7)
+    grad = (torch.rand(sizes, generator=generator, dtype=torch.float64) - 0.5).to(dtype)
+    yield grad
+    yield torch.full((), 0.5, dtype=dtype).expand(sizes)
+    yield grad.mT.contiguous().mT if len(sizes) > 1 else grad.flip(0)
+
+
+def box_sets(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    for problems, n, m in (*SIZES, *NO_BOXES):
+        yield (
+            random_boxes(problems, n, dtype=dtype, seed=1),
+            random_boxes(problems, m, dtype=dtype, seed=2),
+        )
+    special = torch.tensor(SPECIAL, dtype=dtype)
+    yield special, special
+    boxes = random_boxes(12, dtype=dtype, seed=3)
+    yield boxes.t().contiguous().t(), boxes[::2]
+    yield boxes.flatten()[2:-2].reshape(-1, 4), boxes  # does not begin on 16 bytes
+
+
+def pairwise_checks(dtype: torch.dtype) -> Iterator[Check]:
+    for (first, second), op in product(box_sets(dtype), PAIRWISE):
+        yield Check(op, (first, second))
+        sizes = (*first.shape[:-1], second.shape[-2])
+        for grad, needs in zip(gradients(sizes, dtype), NEEDS, strict=True):
+            yield Check(f"{op}_backward", (grad, first, second, *needs))
+
+
+def matched_checks(dtype: torch.dtype) -> Iterator[Check]:
+    for first, second in box_sets(dtype):
+        count = min(first.shape[-2], second.shape[-2])
+        first, second = first[..., :count, :], second.roll(1, dims=-2)[..., :count, :]
+        for eps in (1e-7, 0.25):
+            yield Check("generalized_box_iou_loss", (first, second, eps))
+        yield Check("matched_box_losses", (first, second))
+        grads = list(gradients(first.shape[:-1], dtype))
+        for grad, other, needs in zip(grads, grads[1:] + grads[:1], NEEDS, strict=True):
+            yield Check("generalized_box_iou_loss_backward", (grad, first, second, 0.25, *needs))
+            yield Check("matched_box_losses_backward", (grad, other, first, second, *needs))
+
+
+def refusals() -> Iterator[Check]:
+    boxes, grad = torch.rand(3, 4), torch.rand(3, 3)
+    many = torch.zeros(1, 4).expand(TOO_MANY, 4)
+    for op in PAIRWISE:
+        yield Check(op, (boxes[:, :3], boxes), "boxes1: expected shape")
+        yield Check(op, (boxes, boxes.double()), "boxes2: expected the dtype")
+        yield Check(op, (many, many), "expected at most")
+        yield Check(f"{op}_backward", (grad[:2], boxes, boxes, True, True), "grad: expected shape")
+        huge = torch.zeros(1, 1).expand(TOO_MANY, TOO_MANY)
+        yield Check(f"{op}_backward", (huge, many, many, True, True), "expected at most")
+    yield Check("generalized_box_iou_loss", (boxes, boxes[:2], 0.0), "boxes2: expected shape")
+    wrong = (grad[0, :2], boxes, boxes, 0.0, True, True)
+    yield Check("generalized_box_iou_loss_backward", wrong, "grad: expected shape")
+    yield Check("matched_box_losses", (boxes, boxes[:2]), "tgt: expected shape")
+    for first, second, name in ((2, 3, "grad_l1"), (3, 2, "grad_giou")):
+        wrong = (grad[0, :first], grad[0, :second], boxes, boxes, True, True)
+        yield Check("matched_box_losses_backward", wrong, f"{name}: expected shape")
+
+
+def all_checks() -> list[Check]:
+    return [
+        *(check for dtype in TOLERANCE for check in pairwise_checks(dtype)),
+        *(check for dtype in TOLERANCE for check in matched_checks(dtype)),
+        *refusals(),
+    ]
+
+
+def run(check: Check) -> tuple[Tensor, ...]:
+    result = getattr(OPS, check.op)(*check.arguments)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def failure(check: Check, right: tuple[Tensor, ...] | None) -> str:
+    """Why a check fails; nothing where it passes."""
+    try:
+        ours = run(check)
+    except RuntimeError as error:
+        message = str(error)
+        return "" if check.message and check.message in message else message
+    if right is None:
+        return f"{check.op}: no error, `{check.message}` is due"
+    try:
+        for value, wanted in zip(ours, right, strict=True):
+            assert_close(value, wanted, equal_nan=True, **TOLERANCE[wanted.dtype])
+    except AssertionError as error:
+        return f"{check.op}: {error}"
+    return ""
+
+
+def expected(checks: list[Check]) -> list[tuple[Tensor, ...] | None]:
+    """What the CPU twins say; None where an error is due."""
+    return [None if check.message else run(check) for check in checks]
