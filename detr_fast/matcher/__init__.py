@@ -7,12 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from detr_fast.matcher.packing import pack_targets
-from detr_fast.reference.matcher import (
-    linear_sum_assignment,
-    matching_cost,
-    matching_cost_terms,
-)
+from detr_fast.matcher.packing import Targets
+from detr_fast.ops.matcher import CostWeights, hungarian_match
 
 __all__ = ["HungarianMatcher", "build_matcher"]
 
@@ -75,19 +71,15 @@ class HungarianMatcher(nn.Module):
             )
         if len(targets) != len(logits):
             raise ValueError(f"{len(targets)} targets for a batch of {len(logits)} images")
-        labels, target_boxes, counts = pack_targets(targets)
-        labels, target_boxes = labels.to(logits.device), target_boxes.to(logits.device)
-
-        weights = self.cost_class, self.cost_bbox, self.cost_giou
-        cost = matching_cost(logits, boxes, labels, target_boxes, *weights)
-        cost = cost.cpu()  # the one copy to the host
-        if not cost.isfinite().all():  # of an image, or of padding only
-            for image, n in enumerate(counts):
-                if not cost[image, :, :n].isfinite().all():
-                    of_targets = labels[image, :n], target_boxes[image, :n]
-                    why = _why_not_finite(logits[image], boxes[image], *of_targets)
-                    raise ValueError(f"image {image}: {why}")
-        return _pairs(linear_sum_assignment(cost, torch.tensor(counts)))
+        match = hungarian_match(
+            logits[None],
+            boxes[None],
+            Targets.from_list(targets).to(logits.device),
+            CostWeights(self.cost_class, self.cost_bbox, self.cost_giou),
+            ties="scipy",
+        )
+        match.raise_for_status()
+        return [(queries.cpu(), chosen.cpu()) for queries, chosen in match.pairs()[0]]
 
 
 def build_matcher(args: Any) -> HungarianMatcher:
@@ -97,33 +89,3 @@ def build_matcher(args: Any) -> HungarianMatcher:
         cost_bbox=args.set_cost_bbox,
         cost_giou=args.set_cost_giou,
     )
-
-
-def _pairs(query_of_target: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(B, T) queries, -1 = free -> matched queries in ascending order, and their targets."""
-    free = query_of_target < 0
-    queries, targets = query_of_target.masked_fill(free, torch.iinfo(torch.int64).max).sort(dim=1)
-    counts = free.logical_not().sum(1).tolist()
-    return [(q[:n], t[:n]) for q, t, n in zip(queries, targets, counts, strict=True)]
-
-
-def _why_not_finite(logits: Tensor, boxes: Tensor, labels: Tensor, target_boxes: Tensor) -> str:
-    """Explain NaN or infinity in the matching cost of one image."""
-    outside = (labels < 0) | (labels >= logits.shape[1])
-    if outside.any():
-        return (
-            f"label {int(labels[outside][0])} is outside of the {logits.shape[1]} columns of "
-            "pred_logits: num_classes shall be the largest label + 1"
-        )
-    terms = matching_cost_terms(logits[None], boxes[None], labels[None], target_boxes[None])
-    of_terms = [name for name, term in terms._asdict().items() if not term.isfinite().all()]
-    inputs = {"pred_logits": logits, "pred_boxes": boxes, "target boxes": target_boxes}
-    of_inputs = [name for name, value in inputs.items() if not value.isfinite().all()]
-    cause = (
-        f"{' and '.join(of_inputs)} hold NaN or infinity: the training has diverged, or the data "
-        "set holds such boxes"
-        if of_inputs
-        else "a predicted and a target box both have no area (or numbers overflow): drop such "
-        "targets from the data set"
-    )
-    return f"matching cost not finite in the term {', '.join(of_terms) or 'sum'}; {cause}"
