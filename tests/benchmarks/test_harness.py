@@ -158,7 +158,7 @@ def test_subject_that_fails_is_an_error_and_leaves_a_record(monkeypatch, capsys)
 def test_command_line_refuses_an_unknown_benchmark(capsys):
     with pytest.raises(SystemExit):
         harness.main(["nothing"])
-    assert "no benchmark 'nothing'; there are limits, boxes" in capsys.readouterr().err
+    assert "no benchmark 'nothing'; there are limits, assignment" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*kernel not used", "ignore:Both fused kernels")
