@@ -187,7 +187,10 @@ void* dynamic_shared_memory() { return dynamic_shared; }
 
 size_t max_shared_bytes() { return options.max_shared_bytes; }
 
-void allow_shared(const void* kernel, size_t bytes) { allowed_shared[kernel] = bytes; }
+void allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  allowed_shared[kernel] = bytes;
+}
 
 void run_grid(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
