@@ -120,8 +120,9 @@ def compile_all(
         return list(pool.map(compile_one, sources))
 
 
+@functools.cache
 def runtime() -> Path:
-    """Build the simulator itself, a Python module that libraries of kernels are linked to."""
+    """Build the simulator itself, a Python module that all kernels of a process are linked to."""
     objects = compile_all(sorted(HERE.glob("runtime/*.cpp")), HERE / "runtime", [], check=False)
     target = CACHE / f"runtime-{digest(*objects)}" / "cudasim.so"
     return make(target, "-shared", *objects)

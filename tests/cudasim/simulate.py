@@ -92,17 +92,26 @@ def simulated(
         schedule: the arguments of :func:`scheduled`.
     """
     with scheduled(**schedule) as module:
-        torch.ops.load_library(library(csrc, namespace, check))
-        names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
         override = torch.library.Library("detr_fast", "IMPL")
         try:
-            for name in sorted(n for n in names if n.startswith(f"{namespace}::")):
-                op = name.split("::")[1]
+            for op in load_ops(csrc, namespace, check):
                 kernel = getattr(getattr(torch.ops, namespace), op).default
                 override.impl(op, kernel, "CPU", allow_override=True)
             yield module
         finally:
             override._destroy()
+
+
+@functools.cache
+def load_ops(csrc: Path, namespace: str, check: bool) -> tuple[str, ...]:
+    """Register the simulated ops and name them.
+
+    Once: two libraries cannot register the same ops, so a process keeps to the one that it has
+    loaded when somebody edits the sources meanwhile.
+    """
+    torch.ops.load_library(library(csrc, namespace, check))
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return tuple(sorted(n.split("::")[1] for n in names if n.startswith(f"{namespace}::")))
 
 
 @functools.cache
