@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -44,6 +45,14 @@ CHECK_FLAGS = [
     "float-cast-overflow",
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
+
+
+def unsupported() -> str:
+    """Why the simulator does not run on this machine; nothing where it does."""
+    machine, system = platform.machine(), platform.system()
+    if (machine, system) == ("x86_64", "Linux"):
+        return ""
+    return f"the simulator's fibers are written for x86-64 Linux, not for {machine} {system}"
 
 
 @functools.cache

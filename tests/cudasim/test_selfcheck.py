@@ -9,6 +9,7 @@ import pytest
 
 from tests.cudasim import SCHEDULES, load_test_kernels, scheduled
 
+pytestmark = pytest.mark.usefixtures("needs_simulator")
 SOURCE = Path(__file__).parent / "kernels/selfcheck.cu"
 THREAD = r"thread \(\d+,0,0\) \[warp \d lane \d+\] of block \(\d,0,0\)"
 UPDATES, DYNAMIC, TWO_BLOCKS = {"updates": True}, {"shared_bytes": 256}, {"grid": (2, 1, 1)}
