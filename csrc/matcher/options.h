@@ -15,7 +15,7 @@ enum class NonFinitePolicy { kError, kWorst, kReplace };
 
 struct NonFinite {
   NonFinitePolicy policy;
-  float nan, positive, negative;  // of kReplace
+  double nan, positive, negative;  // of kReplace
 };
 
 // Bits of a status; 0 = fine.
