@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp, log and log1p for the CPU twins: of float as plain arithmetic, so that GCC makes vector code
-// of a loop that calls them, of double as in <cmath>. Without fused multiply-add, so that every
-// instruction set computes the same; errors are those of all floats.
+// exp, log and log1p: of float, on the host, as plain arithmetic, so that GCC makes vector code of
+// a loop that calls them, and without fused multiply-add, so that every instruction set computes
+// the same. Of double and on a GPU they are those of the mathematical library.
 #pragma once
 
 #include <cmath>
@@ -12,7 +12,15 @@
 
 namespace detr_fast {
 
-constexpr float kLog2High = 0.693145752f;  // log(2), whose products with exponents are exact,
+#if defined(__CUDA_ARCH__)
+
+__device__ __forceinline__ float exponential(float x) { return expf(x); }
+__device__ __forceinline__ float logarithm(float x) { return logf(x); }
+__device__ __forceinline__ float log_plus_one(float x) { return log1pf(x); }
+
+#else
+
+constexpr float kLog2High = 0.693145752f;   // log(2), whose products with exponents are exact,
 constexpr float kLog2Low = 1.42860677e-6f;  // and the rest of it
 
 // A float's bits as a number and back; GCC vectorises this form.
@@ -82,6 +90,8 @@ DETR_FAST_HOST_DEVICE float log_plus_one(float x) {
   const float sum = 1.0f + x;
   return logarithm(sum) + (x - (sum - 1.0f)) / sum;  // what the sum has lost
 }
+
+#endif
 
 DETR_FAST_HOST_DEVICE double exponential(double x) { return std::exp(x); }
 DETR_FAST_HOST_DEVICE double logarithm(double x) { return std::log(x); }

@@ -29,14 +29,4 @@ enum MatchStatus : int {
   kInfeasible = 64
 };
 
-// A class term: see ClassCost in detr_fast/reference/match.py.
-struct ClassCost {
-  ClassCostKind kind;
-  float alpha, gamma, eps;
-};
-
-struct CostWeights {
-  float class_cost, bbox, giou;
-};
-
 }  // namespace detr_fast
