@@ -221,7 +221,8 @@ struct OneLane {
       const bool shorter = over_row < known;
       const double now = shorter ? over_row : known;
       length[j] = now;
-      path[j] = shorter ? row : path[j];
+      // a choice would become a masked store behind a branch
+      path[j] ^= (path[j] ^ row) & -int(shorter);
       least = now < least ? now : least;
     }
     return least;
@@ -230,18 +231,20 @@ struct OneLane {
   template <Ties kTies>
   static DETR_FAST_HOST_DEVICE unsigned first_rank(const AssignmentState& state, double least) {
     const double* __restrict length = state.length;
-    unsigned rank = kNoRank;
-    for (int piece = 0; piece < state.columns; piece += kPiece) {
-      int found = 0;
-#pragma omp simd reduction(+ : found)
-      for (int k = 0; k < kPiece; ++k) found += length[piece + k] == least ? 1 : 0;
-      if (!found) continue;
-      for (int j = piece; j < piece + kPiece; ++j) {
-        if (length[j] != least) continue;
-        const unsigned other = rank_of<kTies>(state, j);
-        if (other < rank) rank = other;
-        if (kTies == Ties::kAny && rank < kOccupied) return rank;
-      }
+    const int columns = state.columns;
+    int first = columns, count = 0;
+#pragma omp simd reduction(min : first) reduction(+ : count)
+    for (int j = 0; j < columns; ++j) {
+      const int found = length[j] == least ? j : columns;
+      first = found < first ? found : first;
+      count += length[j] == least ? 1 : 0;
+    }
+    unsigned rank = rank_of<kTies>(state, first);
+    for (int j = first + 1; count > 1; ++j) {
+      if (length[j] != least) continue;
+      const unsigned other = rank_of<kTies>(state, j);
+      rank = other < rank ? other : rank;
+      --count;
     }
     return rank;
   }
