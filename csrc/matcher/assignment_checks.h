@@ -59,11 +59,9 @@ inline AssignmentProblems check_assignment(const Tensor& cost, const Tensor& cou
           scipy_ties ? Ties::kScipy : Ties::kAny,   check_non_finite(non_finite, replacement)};
 }
 
-// Where the costs of a problem lie.
 template <typename scalar_t>
-struct CostView {
-  const scalar_t* data;
-  int64_t query_step, target_step;
-};
+CostView<scalar_t> cost_view(const Tensor& cost, const scalar_t* data) {
+  return {data, cost.stride(0), cost.stride(1), cost.stride(2)};
+}
 
 }  // namespace detr_fast

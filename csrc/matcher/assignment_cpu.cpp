@@ -110,15 +110,13 @@ std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const T
   const int64_t count_step = count.stride(0);
   dispatch_floating(cost, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const CostView<scalar_t> view = {cost.const_data_ptr<scalar_t>(), cost.stride(1),
-                                     cost.stride(2)};
-    const int64_t step = cost.stride(0);
+    const CostView<scalar_t> view = cost_view(cost, cost.const_data_ptr<scalar_t>());
     const auto run = [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t p = begin; p < end; ++p) {
         const int targets = std::clamp(counts[p * count_step], 0, width);
-        const CostView<scalar_t> problem = {view.data + p * step, view.query_step,
-                                            view.target_step};
+        CostView<scalar_t> problem = view;
+        problem.data += p * view.problem_step;
         int64_t* row = found + p * width;
         const auto assign_by =
             scipy_ties ? assign<Ties::kScipy, scalar_t> : assign<Ties::kAny, scalar_t>;
