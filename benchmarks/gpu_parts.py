@@ -228,6 +228,15 @@ def _text(element: ElementTree.Element) -> str:
     return "" if collected else element.text or ""
 
 
+def conformance(setting: Setting) -> Found:
+    """Golden files: what this device makes of the simulator's conformance kernels."""
+    command = [setting.python, BENCHMARKS / "conformance.py", "--device", setting.device]
+    if setting.quick or setting.device == "cpu":
+        command += ["--output", setting.work / "golden"]
+    ended = setting.run("conformance", command, seconds=60)
+    return ended.failure() if ended.status != 0 else passed(note=ended.output.splitlines()[-1])
+
+
 def sanitizer(setting: Setting) -> Found:
     """compute-sanitizer over the smallest case of every op, forward and backward."""
     if setting.device != "cuda":
