@@ -25,6 +25,7 @@ TAIL = 3000  # characters of a failing command's output that the result keeps
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ERROR = 9  # exit status of the sanitizer when it found something
+QUICK_TESTS = "ops/test_boxes.py"
 NOT_OURS = {"sdpa"}  # benchmarks that run no kernel of detr_fast
 
 PROBE = """
@@ -184,8 +185,8 @@ def tests(setting: Setting) -> Found:
         return {"status": "failed", "note": "pytest is not installed"}
     report = setting.work / "tests.xml"
     report.unlink(missing_ok=True)
-    folder = ROOT / "tests" / "ops" if setting.quick else ROOT / "tests"
-    command = [setting.python, "-m", "pytest", folder, "-c", ROOT / "pyproject.toml", "-q"]
+    chosen = ROOT / "tests" / QUICK_TESTS if setting.quick else ROOT / "tests"
+    command = [setting.python, "-m", "pytest", chosen, "-c", ROOT / "pyproject.toml", "-q"]
     command += ["--rootdir", ROOT, "-k", selection(setting.device), "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--junitxml", report]
     ended = setting.run("tests", command, seconds=200)

@@ -68,6 +68,7 @@ def packed() -> np.ndarray:
     return torch.cat(columns, 1).contiguous().numpy()
 
 
+# A new case goes to the end: RANDOM gives the others what golden files were written with.
 WORDS = RANDOM.permutation(64).astype(np.int32)  # contains 40 and 63, so votes differ
 CASES = {
     "shuffles": Case((WORDS,), rows(8, np.int32)),
