@@ -19,16 +19,6 @@ struct alignas(16) Box {
 };
 
 template <typename T>
-DETR_FAST_HOST_DEVICE Box<T> load_box(const T* corners) {
-  return {corners[0], corners[1], corners[2], corners[3]};
-}
-
-template <typename T>
-DETR_FAST_HOST_DEVICE void store_box(T* corners, Box<T> box) {
-  corners[0] = box.x0, corners[1] = box.y0, corners[2] = box.x1, corners[3] = box.y1;
-}
-
-template <typename T>
 DETR_FAST_HOST_DEVICE Box<T> scaled(T weight, Box<T> box) {
   return {weight * box.x0, weight * box.y0, weight * box.x1, weight * box.y1};
 }
@@ -101,13 +91,13 @@ DETR_FAST_HOST_DEVICE T similarity(Box<T> a, Box<T> b, T eps) {
 }
 
 template <typename T>
-constexpr T kLargest = std::numeric_limits<T>::max();
+constexpr T kInfinity = std::numeric_limits<T>::infinity();
 
 // 1 / value; 0 where that is infinite: an empty term is constant, its gradient 0.
 template <typename T>
 DETR_FAST_HOST_DEVICE T reciprocal(T value) {
   const T result = T(1) / value;
-  return result > kLargest<T> || result < -kLargest<T> ? T(0) : result;
+  return result == kInfinity<T> || result == -kInfinity<T> ? T(0) : result;
 }
 
 // The share of the gradient of max(a, b) that goes to a: one half at a tie, as in torch.maximum.
@@ -134,13 +124,9 @@ DETR_FAST_HOST_DEVICE PairGradient<T> similarity_gradient(Box<T> a, Box<T> b, T 
     const T per_hull = reciprocal(o.hull + eps);
     const T by_hull = -(union_area * per_hull) * per_hull;
     by_area += per_hull;
+    // a clamped hull, which comes without eps, has no area where a side is clamped: by_hull is 0
     by_hull_width = by_hull * o.hull_height;
     by_hull_height = by_hull * o.hull_width;
-    if constexpr (kHull == Hull::kClamped) {
-      const bool spans = o.hull_width > 0 && o.hull_height > 0;
-      by_hull_width = spans ? by_hull_width : T(0);
-      by_hull_height = spans ? by_hull_height : T(0);
-    }
   }
   // a side that is clamped, or just 0, has no gradient, as in torch.relu
   const T by_intersection = per_union - by_area;

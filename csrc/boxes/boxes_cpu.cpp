@@ -27,6 +27,16 @@ int64_t rows_per_thread(int64_t columns) {
   return divide_up(kPairsPerThread, std::max<int64_t>(1, columns));
 }
 
+template <typename T>
+DETR_FAST_HOST_DEVICE Box<T> load_box(const T* corners) {
+  return {corners[0], corners[1], corners[2], corners[3]};
+}
+
+template <typename T>
+DETR_FAST_HOST_DEVICE void store_box(T* corners, Box<T> box) {
+  corners[0] = box.x0, corners[1] = box.y0, corners[2] = box.x1, corners[3] = box.y1;
+}
+
 // boxes (m, 4) -> out (4, m)
 template <typename scalar_t>
 void transpose_boxes(const scalar_t* boxes, int64_t m, scalar_t* out) {

@@ -15,20 +15,21 @@ namespace detr_fast {
 namespace {
 
 // The kernels count by 32 bits: boxes, and pairs where there are any.
+constexpr int64_t kMost = std::numeric_limits<int>::max();
+
 void check_countable(PairwiseSizes sizes) {
-  constexpr int64_t most = std::numeric_limits<int>::max();
   const int64_t longer = std::max(sizes.n, sizes.m), shorter = std::min(sizes.n, sizes.m);
-  STD_TORCH_CHECK(longer <= most && sizes.problems <= most / std::max<int64_t>(1, longer) &&
-                      sizes.problems * longer <= most / std::max<int64_t>(1, shorter),
-                  "expected at most ", most, " pairs, got ", sizes.problems, " x ", sizes.n, " x ",
+  // problems * longer boxes are in one tensor, so that their number does not overflow
+  STD_TORCH_CHECK(sizes.problems * longer <= kMost / std::max<int64_t>(1, shorter),
+                  "expected at most ", kMost, " pairs, got ", sizes.problems, " x ", sizes.n, " x ",
                   sizes.m, "; split the first set of boxes");
 }
 
 int check_countable(int64_t pairs) {
-  constexpr int64_t most = std::numeric_limits<int>::max();
-  STD_TORCH_CHECK(pairs <= most, "expected at most ", most, " pairs, got ", pairs,
+  const int count = static_cast<int>(pairs);
+  STD_TORCH_CHECK(count == pairs, "expected at most ", kMost, " pairs, got ", pairs,
                   "; split both sets of boxes");
-  return static_cast<int>(pairs);
+  return count;
 }
 
 // Contiguous and on 16 bytes, so that a kernel loads whole boxes; a slice of a flat buffer may lie

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<scalar_t>)
   const unsigned problem = split / splits;
   const unsigned column = blockIdx.x % tiles * kWarpSize + lane;
   const unsigned first = split % splits * kSplitRows;
-  const unsigned last = n - first < kSplitRows ? n : first + kSplitRows;
+  const unsigned last = first + min(n - first, unsigned(kSplitRows));
   Box<scalar_t> sum = {0, 0, 0, 0};
   if (column < m) {
     const scalar_t* weights = grad + problem * step.problem + column * step.column;
@@ -199,7 +199,7 @@ void launch_pairwise_iou_backward_rows(const scalar_t* grad, PairwiseSteps step,
                    unsigned(n), unsigned(m), as_boxes(grad_boxes1));
 }
 
-int pairwise_iou_splits(int n) { return n > kSplitRows ? divide_up(n, kSplitRows) : 1; }
+int pairwise_iou_splits(int n) { return larger(1, divide_up(n, kSplitRows)); }
 
 template <Hull kHull, typename scalar_t>
 void launch_pairwise_iou_backward_columns(const scalar_t* grad, PairwiseSteps step,

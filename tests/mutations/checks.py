@@ -3,7 +3,7 @@
 
 They call the registered ops, backward ones too, on what the tests of the ops use: sizes that end
 within a warp, a block and a split of the rows, ties, boxes without area, NaN, any strides, no
-boxes, and inputs that must be refused.  The CPU twin says what is right.
+boxes, and inputs of the most pairs or too many.  The CPU twin says what is right.
 """
 
 from collections.abc import Iterator
@@ -15,37 +15,31 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import detr_fast  # noqa: F401 (registers the ops)
+from tests.ops.test_boxes import NAN, PAIRWISE, SPECIAL, random_boxes
 
 OPS = torch.ops.detr_fast
 TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
-NAN = float("nan")
-SPECIAL = [
-    *([0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 2, 1], [1, 0, 2, 1], [1, 1, 2, 2], [3, 0, 4, 4]),
-    *([0.5, 0.5, 0.5, 0.5], [2, 2, 1, 1], [0, 0, 0, 3], [NAN, 0, 1, 1], [-1, -1, 0.5, 9]),
-]
-PAIRWISE = ("box_iou", "generalized_box_iou")
+WITH_NAN = [[0, 0, 1, 1], [NAN, 0, 1, 1], [0, 0, 2, 1]]
+NEGATIVE = [[0, 0, 1e-20, -1e-20]]  # an area whose reciprocal is minus infinity, in float32
 SIZES = [(1, 1, 1), (1, 7, 33), (2, 5, 70), (3, 257, 2), (1, 511, 1), (2, 3, 32)]
 NO_BOXES = [(0, 4, 4), (1, 0, 5), (2, 5, 0)]
 NEEDS = [(True, True), (True, False), (False, True)]  # one for each gradient
-TOO_MANY = 46341  # squared: more than 2**31 - 1
+MOST = 2**31 - 1  # pairs
+ROOT = 46341  # squared: more than that
 
 
 class Check(NamedTuple):
-    """A call of an op; `message` is part of the error that is due, if one is."""
+    """A call of an op, and what is due, unless that is what the CPU twin says."""
 
     op: str
     arguments: tuple
-    message: str = ""
+    message: str = ""  # part of an error
+    shape: tuple = ()  # of an empty result that the CPU twin would take hours for
+    in_place: bool = False  # whether arguments are to be read where they lie
 
     @property
     def dtype(self) -> torch.dtype:
         return self.arguments[0].dtype
-
-
-def random_boxes(*sizes: int, dtype: torch.dtype, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    low, size = torch.rand(2, *sizes, 2, generator=generator, dtype=torch.float64)
-    return torch.cat([low, low + 0.01 + size / 2], dim=-1).to(dtype)
 
 
 def gradients(sizes: tuple[int, ...], dtype: torch.dtype) -> Iterator[Tensor]:
@@ -63,11 +57,21 @@ def box_sets(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
             random_boxes(problems, n, dtype=dtype, seed=1),
             random_boxes(problems, m, dtype=dtype, seed=2),
         )
-    special = torch.tensor(SPECIAL, dtype=dtype)
-    yield special, special
+    for values in (SPECIAL, WITH_NAN, NEGATIVE):  # each makes sums of its own: one NaN hides all
+        special = torch.tensor(values, dtype=dtype)
+        yield special, special
     boxes = random_boxes(12, dtype=dtype, seed=3)
     yield boxes.t().contiguous().t(), boxes[::2]
     yield boxes.flatten()[2:-2].reshape(-1, 4), boxes  # does not begin on 16 bytes
+
+
+def matched_sets(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sets, without what has no partner, and every pair of special boxes: two blocks."""
+    for first, second in box_sets(dtype):
+        count = min(first.shape[-2], second.shape[-2])
+        yield first[..., :count, :], second.roll(1, dims=-2)[..., :count, :]
+    special = torch.tensor(SPECIAL, dtype=dtype)
+    yield special.repeat_interleave(len(special), 0), special.repeat(len(special), 1)
 
 
 def pairwise_checks(dtype: torch.dtype) -> Iterator[Check]:
@@ -79,9 +83,7 @@ def pairwise_checks(dtype: torch.dtype) -> Iterator[Check]:
 
 
 def matched_checks(dtype: torch.dtype) -> Iterator[Check]:
-    for first, second in box_sets(dtype):
-        count = min(first.shape[-2], second.shape[-2])
-        first, second = first[..., :count, :], second.roll(1, dims=-2)[..., :count, :]
+    for first, second in matched_sets(dtype):
         for eps in (1e-7, 0.25):
             yield Check("generalized_box_iou_loss", (first, second, eps))
         yield Check("matched_box_losses", (first, second))
@@ -91,15 +93,40 @@ def matched_checks(dtype: torch.dtype) -> Iterator[Check]:
             yield Check("matched_box_losses_backward", (grad, other, first, second, *needs))
 
 
+def placements() -> Iterator[Check]:
+    """More columns than a block has threads, in pieces; no copies without need, but those."""
+    boxes = random_boxes(257, seed=4)
+    grad = next(gradients((257, 257), boxes.dtype))
+    yield Check("box_iou_backward", (grad, boxes, boxes, False, True))
+    yield Check("box_iou", (boxes[:4], boxes[:4]), in_place=True)
+    buffer = boxes.flatten()
+    for begin in range(2 * 17):  # an address that 17 divides, and not 16, is among them
+        yield Check("box_iou", (buffer[begin : begin + 4].view(1, 4), boxes[:1]))
+
+
+def limits() -> Iterator[Check]:
+    """As many pairs as the kernels count, and one more."""
+    one, none = torch.zeros(1, 4), torch.zeros(0, 4)
+    most, more = one.expand(MOST, 4), one.expand(MOST + 1, 4)
+    for op in PAIRWISE:
+        yield Check(op, (most, none), shape=(MOST, 0))
+        yield Check(op, (none, most), shape=(0, MOST))
+        yield Check(op, (more, none), f"expected at most {MOST} pairs, got 1 x {MOST + 1} x 0")
+        yield Check(op, (none, more), f"expected at most {MOST} pairs, got 1 x 0 x {MOST + 1}")
+    message = f"expected at most {MOST} pairs, got {MOST + 1};"
+    yield Check("generalized_box_iou_loss", (more, more, 0.0), message)
+    yield Check("matched_box_losses", (more, more), message)
+
+
 def refusals() -> Iterator[Check]:
     boxes, grad = torch.rand(3, 4), torch.rand(3, 3)
-    many = torch.zeros(1, 4).expand(TOO_MANY, 4)
+    many = torch.zeros(1, 4).expand(ROOT, 4)
     for op in PAIRWISE:
         yield Check(op, (boxes[:, :3], boxes), "boxes1: expected shape")
         yield Check(op, (boxes, boxes.double()), "boxes2: expected the dtype")
         yield Check(op, (many, many), "expected at most")
         yield Check(f"{op}_backward", (grad[:2], boxes, boxes, True, True), "grad: expected shape")
-        huge = torch.zeros(1, 1).expand(TOO_MANY, TOO_MANY)
+        huge = torch.zeros(1, 1).expand(ROOT, ROOT)
         yield Check(f"{op}_backward", (huge, many, many, True, True), "expected at most")
     yield Check("generalized_box_iou_loss", (boxes, boxes[:2], 0.0), "boxes2: expected shape")
     wrong = (grad[0, :2], boxes, boxes, 0.0, True, True)
@@ -114,6 +141,8 @@ def all_checks() -> list[Check]:
     return [
         *(check for dtype in TOLERANCE for check in pairwise_checks(dtype)),
         *(check for dtype in TOLERANCE for check in matched_checks(dtype)),
+        *placements(),
+        *limits(),
         *refusals(),
     ]
 
@@ -123,9 +152,20 @@ def run(check: Check) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
+def copied(check: Check) -> list[str]:
+    """The operations that copy a tensor while a check runs."""
+    with torch.autograd.profiler.profile() as profiler:
+        run(check)
+    names = [event.name for event in profiler.function_events]
+    assert f"detr_fast::{check.op}" in names
+    return [name for name in names if name in ("aten::clone", "aten::copy_")]
+
+
 def failure(check: Check, right: tuple[Tensor, ...] | None) -> str:
     """Why a check fails; nothing where it passes."""
     try:
+        if check.in_place and (copies := copied(check)):
+            return f"{check.op}: {copies} of tensors that could be read where they lie"
         ours = run(check)
     except RuntimeError as error:
         message = str(error)
@@ -141,5 +181,11 @@ def failure(check: Check, right: tuple[Tensor, ...] | None) -> str:
 
 
 def expected(checks: list[Check]) -> list[tuple[Tensor, ...] | None]:
-    """What the CPU twins say; None where an error is due."""
-    return [None if check.message else run(check) for check in checks]
+    """The right results; None where an error is due."""
+
+    def right(check: Check) -> tuple[Tensor, ...] | None:
+        if check.message:
+            return None
+        return (torch.empty(check.shape),) if check.shape else run(check)
+
+    return [right(check) for check in checks]

@@ -5,8 +5,9 @@ from collections import Counter
 
 import pytest
 
+from tests.cudasim import simulated
 from tests.cudasim.build import CSRC
-from tests.mutations import mutate_kernels
+from tests.mutations import checks, mutate_kernels
 from tests.mutations.mutants import Mutant, mutants_of
 
 SOURCE = """\
@@ -82,6 +83,15 @@ def test_sample_takes_even_distances_and_only_takes_a_line():
     assert [m.line for m in mutate_kernels.chosen(mutants, None, 4)] == [0, 25, 50, 75]
     assert [m.line for m in mutate_kernels.chosen(mutants, "csrc/a.h:7", None)] == [7]
     assert not mutate_kernels.chosen(mutants, "b.h", None)
+
+
+def test_sources_pass_every_check():
+    """Also what no other test asks: the limits of 32 bits, and no copy of boxes that lie well."""
+    every = checks.all_checks()
+    right = checks.expected(every)
+    with simulated():
+        reasons = [checks.failure(*check) for check in zip(every, right, strict=True)]
+    assert not any(reasons), next(filter(None, reasons))
 
 
 @pytest.mark.long
