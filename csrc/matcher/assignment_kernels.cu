@@ -5,6 +5,7 @@
 #include "common/warp.cuh"
 #include "matcher/assignment.h"
 #include "matcher/assignment_kernels.h"
+#include "matcher/auction.h"
 #include "matcher/non_finite.h"
 #include "matcher/warp_lanes.cuh"
 
@@ -66,7 +67,7 @@ __device__ int fetch(CostView<scalar_t> view, AssignmentShape shape, CostRows<sc
 }
 
 // kShared: state and costs of every problem fit into shared memory.
-template <Ties kTies, bool kShared, typename scalar_t>
+template <Algorithm kAlgorithm, Ties kTies, bool kShared, typename scalar_t>
 __global__ void __launch_bounds__(kMostThreads, 1)
     linear_sum_assignment_kernel(AssignmentCall<scalar_t> call) {
   DETR_FAST_DYNAMIC_SHARED(unsigned char, shared);
@@ -94,12 +95,20 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       __syncthreads();
     }
   }
-  if constexpr (kTies == Ties::kAny) {
+  if constexpr (kAlgorithm == Algorithm::kShortestPath && kTies == Ties::kAny) {
     find_row_minima(lanes, placed.costs, state, warp, warps);
     __syncthreads();
   }
   if (warp != 0) return;
-  if (found == 0 && !shortest_paths<kTies>(lanes, placed.costs, state)) found = kInfeasible;
+  if (found == 0) {
+    bool solved;
+    if constexpr (kAlgorithm == Algorithm::kAuction) {
+      solved = assign_by_auction(lanes, placed.costs, state);
+    } else {
+      solved = shortest_paths<kTies>(lanes, placed.costs, state);
+    }
+    if (!solved) found = kInfeasible;
+  }
   const int* column = shape.targets_are_rows ? state.column_of_row : state.row_of_column;
   for (int t = lanes.lane(); t < call.targets; t += kWarpSize) {
     call.query_of_target[problem * call.targets + t] =
@@ -108,17 +117,27 @@ __global__ void __launch_bounds__(kMostThreads, 1)
   if (lanes.lane() == 0) call.status[problem] = found;
 }
 
-template <Ties kTies, bool kShared, typename scalar_t>
+template <Algorithm kAlgorithm, Ties kTies, bool kShared, typename scalar_t>
 void launch(const AssignmentCall<scalar_t>& call, void* stream) {
   const auto wanted = unsigned(call.queries) * unsigned(call.targets) / kCostsPerThread;
   unsigned threads = kFewestThreads;
   while (threads < kMostThreads && threads < wanted) threads *= 2;
   const size_t bytes = call.memory.shared_bytes;
   if (bytes > kDefaultShared) {
-    DETR_FAST_ALLOW_SHARED((linear_sum_assignment_kernel<kTies, kShared, scalar_t>), bytes);
+    DETR_FAST_ALLOW_SHARED((linear_sum_assignment_kernel<kAlgorithm, kTies, kShared, scalar_t>),
+                           bytes);
   }
-  DETR_FAST_LAUNCH((linear_sum_assignment_kernel<kTies, kShared, scalar_t>),
+  DETR_FAST_LAUNCH((linear_sum_assignment_kernel<kAlgorithm, kTies, kShared, scalar_t>),
                    unsigned(call.problems), threads, bytes, stream, call);
+}
+
+template <Algorithm kAlgorithm, Ties kTies, typename scalar_t>
+void launch(const AssignmentCall<scalar_t>& call, void* stream) {
+  if (call.memory.workspace_bytes == 0) {
+    launch<kAlgorithm, kTies, true>(call, stream);
+  } else {
+    launch<kAlgorithm, kTies, false>(call, stream);
+  }
 }
 
 }  // namespace
@@ -135,13 +154,14 @@ AssignmentMemory assignment_memory(Ties ties, int queries, int targets) {
 }
 
 template <typename scalar_t>
-void launch_linear_sum_assignment(const AssignmentCall<scalar_t>& call, Algorithm, Ties ties,
-                                  void* stream) {
-  const bool shared = call.memory.workspace_bytes == 0;
-  if (ties == Ties::kScipy) {
-    shared ? launch<Ties::kScipy, true>(call, stream) : launch<Ties::kScipy, false>(call, stream);
+void launch_linear_sum_assignment(const AssignmentCall<scalar_t>& call, Algorithm algorithm,
+                                  Ties ties, void* stream) {
+  if (algorithm == Algorithm::kAuction) {
+    launch<Algorithm::kAuction, Ties::kAny>(call, stream);
+  } else if (ties == Ties::kScipy) {
+    launch<Algorithm::kShortestPath, Ties::kScipy>(call, stream);
   } else {
-    shared ? launch<Ties::kAny, true>(call, stream) : launch<Ties::kAny, false>(call, stream);
+    launch<Algorithm::kShortestPath, Ties::kAny>(call, stream);
   }
 }
 
