@@ -88,19 +88,22 @@ def linear_sum_assignment(
         raise ValueError('algorithm="auction" does not know scipy\'s ties: use "shortest_path"')
     if count is None:
         count = cost.new_full(cost.shape[:1], cost.shape[-1], dtype=torch.int32)
+    elif count.dtype != torch.int32:
+        count = count.to(torch.int32)
     query_of_target, status = _ops.linear_sum_assignment.default(
         at_least_float32(cost),
-        count.to(torch.int32),
+        count,
         _option("algorithm", algorithm, _ALGORITHMS),
         _option("ties", ties, _TIES),
         *_non_finite(non_finite),
     )
-    if status.is_cpu and not torch.compiler.is_compiling() and status.any():
-        problem = int(status.nonzero()[0])
-        why = explain(MatchStatus(int(status[problem])))
-        raise ValueError(f"problem {problem} of {len(status)}: {why}")
-    found: Tensor = query_of_target
-    return found
+    if status.is_cpu and not torch.compiler.is_compiling():
+        statuses = status.tolist()
+        if any(statuses):
+            problem, found = next((p, s) for p, s in enumerate(statuses) if s)
+            raise ValueError(f"problem {problem} of {len(cost)}: {explain(MatchStatus(found))}")
+    result: Tensor = query_of_target
+    return result
 
 
 @with_reference(reference.hungarian_match)
