@@ -13,21 +13,6 @@ from detr_fast.ops.matcher import ClassCost, CostWeights
 from tests.ops.match_cases import DETR, assert_same_match, random_boxes, random_case
 
 
-@pytest.fixture(params=["cpu", "cuda"])
-def machine(request):
-    """Devices without the simulator, which has nothing to do with what torch makes of an op."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip(f"no GPU: torch {torch.__version__} sees none")
-    return torch.device(request.param)
-
-
-@pytest.fixture
-def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip(f"no GPU: torch {torch.__version__} sees none")
-    return torch.device("cuda")
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_passes_opcheck(machine, dtype):
     logits, boxes, targets = random_case([3, 0, 7], 20, device=machine)
