@@ -107,6 +107,7 @@ def linear_sum_assignment(
 
 
 @with_reference(reference.hungarian_match)
+@torch.no_grad()
 def hungarian_match(
     logits: Tensor | Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],
@@ -173,7 +174,9 @@ def hungarian_match(
         *_non_finite(non_finite),
     )
     queries = tuple(layer.shape[1] for layer in layers)
-    sizes = MatchSizes(targets.count_host, queries, groups, repeat)
+    # a graph that had seen the counts would be compiled anew for each of them
+    counts = None if torch.compiler.is_compiling() else targets.count_host
+    sizes = MatchSizes(counts, queries, groups, repeat)
     match = Match(query_of_target, target_of_query, cost, status, targets.count, sizes)
     if non_finite == "error" and status.is_cpu and not torch.compiler.is_compiling():
         match.raise_for_status()
