@@ -6,5 +6,6 @@ matcher of another code base under its own name; :func:`patch` puts it into an i
 """
 
 from detr_fast.matcher.detr import HungarianMatcher, build_matcher
+from detr_fast.matcher.patching import Patch, patch
 
-__all__ = ["HungarianMatcher", "build_matcher"]
+__all__ = ["HungarianMatcher", "Patch", "build_matcher", "patch"]

@@ -19,6 +19,11 @@ Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
+def focal_or_softmax(focal: bool, alpha: float, gamma: float) -> ClassCost:
+    """The two class costs that several code bases let one choose from."""
+    return ClassCost("focal" if focal else "softmax", alpha, gamma)
+
+
 class Keys(NamedTuple):
     """What a code base calls logits and boxes of the outputs, and labels and boxes of a target."""
 
@@ -103,17 +108,14 @@ def host_pairs(match: Match) -> list[Pairs]:
     """
     found = match.target_of_query.cpu()
     counts, queries, groups, _ = match.sizes
-    sizes = [
-        groups * min(of_layer // groups, count) for of_layer in queries for count in counts
-    ]
-    found, width = found.flatten(), found.shape[2]
-    position = (found >= 0).nonzero().flatten()
-    if len(position) != sum(sizes):
+    sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
+    found, width = found.view(-1), max(1, found.size(2))
+    position = (found >= 0).nonzero().view(-1)
+    if position.size(0) != sum(sizes):
         match.raise_for_status()
-    # a division by 0 where there are no queries at all
-    matched = (position % max(1, width)).split(sizes)
-    pairs = list(zip(matched, found[position].split(sizes), strict=True))
-    images = len(counts)
+    in_image = (position % width).split_with_sizes(sizes)
+    chosen = found.index_select(0, position).split_with_sizes(sizes)
+    pairs, images = list(zip(in_image, chosen, strict=True)), len(counts)
     return [pairs[i * images : (i + 1) * images] for i in range(len(queries))]
 
 
@@ -131,7 +133,9 @@ def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys:
 
 def _padded_cost(costs: Sequence[Tensor], width: int) -> Tensor:
     """B costs (Q, n) -> (B, Q, width); what pads is not read."""
-    return torch.stack([torch.nn.functional.pad(cost, (0, width - cost.shape[1])) for cost in costs])
+    return torch.stack(
+        [torch.nn.functional.pad(cost, (0, width - cost.shape[1])) for cost in costs]
+    )
 
 
 def _diagnosis(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def pack_targets(
@@ -45,16 +46,14 @@ def _lists(
         boxes = [target[boxes_key] for target in targets]
     except KeyError:
         raise _missing_key(targets, labels_key, boxes_key) from None
-    # the usual case is told by a few looks at the whole, and not by ten at each image
+    # few looks at each image, for this is a good part of what a matching on the CPU costs
     if (
         {label.dtype for label in labels} <= _INTEGERS
-        and all(box.is_floating_point() for box in boxes)
+        and {box.dtype for box in boxes} <= _FLOATS
         and {label.dim() for label in labels} == {1}
-        and {box.dim() for box in boxes} == {2}
-        and {box.size(1) for box in boxes} == {4}
     ):
         counts = [label.size(0) for label in labels]
-        if counts == [box.size(0) for box in boxes]:
+        if [box.shape for box in boxes] == [(n, 4) for n in counts]:
             return labels, boxes, counts
     for image, (label, box) in enumerate(zip(labels, boxes, strict=True)):
         labels[image], boxes[image] = _checked(image, label, box, labels_key, boxes_key)
@@ -77,7 +76,7 @@ def _checked(
             f"targets[{image}][{labels_key!r}]: expected integers of shape (n,), "
             f"got {label.dtype} of shape {tuple(label.shape)}"
         )
-    if box.dim() != 2 or box.shape[1] != 4 or not box.is_floating_point():
+    if box.dim() != 2 or box.shape[1] != 4 or box.dtype not in _FLOATS:
         raise ValueError(
             f"targets[{image}][{boxes_key!r}]: expected floats of shape (n, 4), "
             f"got {box.dtype} of shape {tuple(box.shape)}"
@@ -93,7 +92,8 @@ def _padded(
     """(B, width) int64 and (B, width, 4), by one concatenation each."""
     if not counts:
         return torch.empty(0, width, dtype=torch.int64), torch.empty(0, width, 4)
-    label_parts, box_parts = [], []
+    label_parts: list[Tensor] = []
+    box_parts: list[Tensor] = []
     for label, box, n in zip(labels, boxes, counts, strict=True):
         no_label, no_box = _zeros(width - n, label.device)
         label_parts += (label, no_label)
@@ -146,6 +146,7 @@ class Targets:
         if device.type == "cuda":  # from pinned memory the copy waits for nothing
             count = count.pin_memory().to(device, non_blocking=True)
         return cls(packed_labels, packed_boxes, count, tuple(counts))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """Copy to a device; ``non_blocking`` counts where the memory is pinned."""
         labels, boxes, count = (
