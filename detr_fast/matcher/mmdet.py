@@ -209,7 +209,8 @@ def _iou(
     union = (areas[0] + areas[1] - intersection).clamp(min=eps)
     iou = intersection / union
     overlap = iou if iou_mode == "iou" else iou - (hull_area - union) / hull_area
-    return -overlap.to(predicted.bboxes.dtype)
+    cost: Tensor = -overlap.to(predicted.bboxes.dtype)
+    return cost
 
 
 def _dice(
