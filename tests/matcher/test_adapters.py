@@ -188,7 +188,7 @@ def test_refuses_what_it_does_not_know(make, message):
 def test_names_what_is_not_finite(name):
     outputs, targets = random_batch([2, 3], 20, 9)
     outputs["pred_boxes"][1, 4] = torch.nan
-    with pytest.raises(ValueError, match="image 1: .* cost_bbox, cost_giou; pred_boxes hold NaN"):
+    with pytest.raises(ValueError, match=r"image 1: .* cost_bbox, cost_giou; pred_boxes hold"):
         ALL[name][0](outputs, targets)
 
 
