@@ -2,13 +2,21 @@
 """Fixtures that all tests share."""
 
 import os
-import platform
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.cudasim import simulated, unsupported
+
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def needs_simulator():
+    """Skips where the simulator does not run."""
+    if reason := unsupported():
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["cpu", "cudasim-forward", "cudasim-reverse", "cudasim-random", "cuda"])
@@ -16,10 +24,7 @@ def device(request):
     """Where the op under test runs: one test body serves the CPU twin, the simulator and a GPU."""
     name, _, schedule = request.param.partition("-")
     if name == "cudasim":
-        if platform.machine() != "x86_64":
-            pytest.skip(f"the simulator's fibers are written for x86-64, not {platform.machine()}")
-        from tests.cudasim import simulated  # compiles the kernels: only where a test asks
-
+        request.getfixturevalue("needs_simulator")
         with simulated(schedule=schedule):
             yield torch.device("cpu")
         return

@@ -15,7 +15,7 @@ enum class NonFinitePolicy { kError, kWorst, kReplace };
 
 struct NonFinite {
   NonFinitePolicy policy;
-  float nan, positive, negative;  // of kReplace
+  double nan, positive, negative;  // of kReplace
 };
 
 // Bits of a status; 0 = fine.
@@ -27,16 +27,6 @@ enum MatchStatus : int {
   kSum = 16,       // the terms are finite, their weighted sum is not
   kLabel = 32,     // outside of the columns of the logits
   kInfeasible = 64
-};
-
-// A class term: see ClassCost in detr_fast/reference/match.py.
-struct ClassCost {
-  ClassCostKind kind;
-  float alpha, gamma, eps;
-};
-
-struct CostWeights {
-  float class_cost, bbox, giou;
 };
 
 }  // namespace detr_fast

@@ -5,7 +5,15 @@ The sources are those of the package: the folder ``common`` beside this file sta
 ``csrc/common`` on the include path, and its two headers are all that differs.
 """
 
-from tests.cudasim.build import CSRC, library
+from tests.cudasim.build import CSRC, library, unsupported
 from tests.cudasim.simulate import SCHEDULES, load_test_kernels, scheduled, simulated
 
-__all__ = ["CSRC", "SCHEDULES", "library", "load_test_kernels", "scheduled", "simulated"]
+__all__ = [
+    "CSRC",
+    "SCHEDULES",
+    "library",
+    "load_test_kernels",
+    "scheduled",
+    "simulated",
+    "unsupported",
+]

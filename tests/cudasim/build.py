@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import runpy
 import subprocess
 import sys
@@ -44,6 +45,14 @@ CHECK_FLAGS = [
     "float-cast-overflow",
     *("--param", "tsan-distinguish-volatile=1", "--param", "tsan-instrument-func-entry-exit=0"),
 ]
+
+
+def unsupported() -> str:
+    """Why the simulator does not run on this machine; nothing where it does."""
+    machine, system = platform.machine(), platform.system()
+    if (machine, system) == ("x86_64", "Linux"):
+        return ""
+    return f"the simulator's fibers are written for x86-64 Linux, not for {machine} {system}"
 
 
 @functools.cache
@@ -120,8 +129,9 @@ def compile_all(
         return list(pool.map(compile_one, sources))
 
 
+@functools.cache
 def runtime() -> Path:
-    """Build the simulator itself, a Python module that libraries of kernels are linked to."""
+    """Build the simulator itself, a Python module that all kernels of a process are linked to."""
     objects = compile_all(sorted(HERE.glob("runtime/*.cpp")), HERE / "runtime", [], check=False)
     target = CACHE / f"runtime-{digest(*objects)}" / "cudasim.so"
     return make(target, "-shared", *objects)

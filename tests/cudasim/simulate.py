@@ -15,12 +15,14 @@ import torch
 from tests.cudasim.build import CSRC, bare_library, library, runtime
 
 SCHEDULES = ("forward", "reverse", "random")
+MAX_SHARED_BYTES = 227 * 1024  # compute capability 9.0 and 10.0; 8.6, 8.9 and 12.0: 99 KiB
 DEFAULTS = {
     "schedule": "forward",
     "seed": 0,
     "preemption": 0,
     "strict": True,
     "watchdog_seconds": 10,
+    "max_shared_bytes": MAX_SHARED_BYTES,
 }
 
 
@@ -40,6 +42,7 @@ def scheduled(
     preemption: float | None = None,
     strict: bool = True,
     watchdog_seconds: float = 10,
+    max_shared_bytes: int = MAX_SHARED_BYTES,
 ) -> Iterator[ModuleType]:
     """Set in which order the threads of a kernel run; yields the simulator.
 
@@ -52,6 +55,7 @@ def scheduled(
         strict (bool): a thread that exits before a barrier which others wait in is a fault.
         watchdog_seconds (float): processor time after which a kernel in which no thread waits or
             ends counts as an endless loop.
+        max_shared_bytes (int): shared memory that a block can have after an opt-in.
     """
     if preemption is None:
         preemption = 0.01 if schedule == "random" else 0
@@ -62,6 +66,7 @@ def scheduled(
         preemption=preemption,
         strict=strict,
         watchdog_seconds=watchdog_seconds,
+        max_shared_bytes=max_shared_bytes,
     )
     try:
         yield module
@@ -87,17 +92,26 @@ def simulated(
         schedule: the arguments of :func:`scheduled`.
     """
     with scheduled(**schedule) as module:
-        torch.ops.load_library(library(csrc, namespace, check))
-        names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
         override = torch.library.Library("detr_fast", "IMPL")
         try:
-            for name in sorted(n for n in names if n.startswith(f"{namespace}::")):
-                op = name.split("::")[1]
+            for op in load_ops(csrc, namespace, check):
                 kernel = getattr(getattr(torch.ops, namespace), op).default
                 override.impl(op, kernel, "CPU", allow_override=True)
             yield module
         finally:
             override._destroy()
+
+
+@functools.cache
+def load_ops(csrc: Path, namespace: str, check: bool) -> tuple[str, ...]:
+    """Register the simulated ops and name them.
+
+    Once: two libraries cannot register the same ops, so a process keeps to the one that it has
+    loaded when somebody edits the sources meanwhile.
+    """
+    torch.ops.load_library(library(csrc, namespace, check))
+    names = torch._C._dispatch_get_registrations_for_dispatch_key("CPU")
+    return tuple(sorted(n.split("::")[1] for n in names if n.startswith(f"{namespace}::")))
 
 
 @functools.cache

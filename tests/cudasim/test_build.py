@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from tests.cudasim import build
+from tests.cudasim import build, simulate
 
 
 @pytest.fixture
@@ -59,3 +59,32 @@ def test_processes_share_one_build(csrc):
     for worker in workers:
         worker.join()
     assert inodes == {compiled(csrc).stat().st_ino}
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "reason"),
+    [
+        ("x86_64", "Linux", ""),
+        ("aarch64", "Linux", "not for aarch64 Linux"),
+        ("x86_64", "Darwin", "not for x86_64 Darwin"),
+    ],
+)
+def test_other_platforms_are_named(monkeypatch, machine, system, reason):
+    monkeypatch.setattr(build.platform, "machine", lambda: machine)
+    monkeypatch.setattr(build.platform, "system", lambda: system)
+    assert bool(build.unsupported()) == bool(reason)
+    assert build.unsupported().endswith(reason)
+
+
+@pytest.mark.usefixtures("needs_simulator")
+def test_process_keeps_to_the_library_it_has_loaded(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("built again")
+
+    with simulate.simulated():
+        pass
+    monkeypatch.setattr(simulate, "library", refuse)
+    with simulate.simulated(schedule="reverse"):
+        pass
+    with pytest.raises(RuntimeError, match="built again"), simulate.simulated(check=False):
+        pass

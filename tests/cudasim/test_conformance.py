@@ -21,7 +21,7 @@ WORDS = RANDOM.permutation(64).astype(np.int32)  # contains 40 and 63, so votes 
     params=[(s, 0) for s in SCHEDULES] + [("random", s) for s in (1, 2, 3)],
     ids=lambda p: f"{p[0]}{p[1]}",
 )
-def launch(request):
+def launch(request, needs_simulator):
     load_test_kernels(SOURCE)
     schedule, seed = request.param
     with scheduled(schedule, seed, preemption=0.05 if schedule == "random" else 0) as simulator:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cudasim import SCHEDULES, load_test_kernels, scheduled
 
+pytestmark = pytest.mark.usefixtures("needs_simulator")
 SOURCE = Path(__file__).parent / "kernels/selfcheck.cu"
 THREAD = r"thread \(\d+,0,0\) \[warp \d lane \d+\] of block \(\d,0,0\)"
 UPDATES, DYNAMIC, TWO_BLOCKS = {"updates": True}, {"shared_bytes": 256}, {"grid": (2, 1, 1)}
@@ -67,10 +68,22 @@ LAUNCHES = {
     "no_threads": (r"a block \(0,1,1\) is not of 1 to 1024", {"block": (0, 1, 1)}),
     "no_blocks": (r"a grid \(0,1,1\) is not within", {"grid": (0, 1, 1)}),
     "too_tall_grid": (r"a grid \(1,65536,1\) is not within", {"grid": (1, 65536, 1)}),
-    "too_much_shared": (
-        "49153 bytes of dynamic shared memory, limit 49152",
-        {"shared_bytes": 49153},
+}
+WITHOUT = "limit 49152 without DETR_FAST_ALLOW_SHARED"
+# kernel, dynamic shared memory, what the report says
+SHARED = {
+    "dynamic alone": ("fine", 49153, f"49153 bytes of shared memory, {WITHOUT}"),
+    "static and dynamic": (
+        "static_and_dynamic_shared",
+        49152 - 255,
+        f"49153 bytes of shared memory, {WITHOUT}",
     ),
+    "more than allowed": (
+        "opted_in",
+        100001,
+        "100001 bytes of dynamic shared memory, limit 100000 of DETR_FAST_ALLOW_SHARED",
+    ),
+    "more than there is": ("opted_in", 232449, "232449 bytes of shared memory, limit 232448"),
 }
 CORRECT = {
     "with_syncthreads": {},
@@ -80,6 +93,8 @@ CORRECT = {
     "shuffle_within_mask": {},
     "whole_warp_returns_early": {},
     "aligned_vector": {},
+    "static_and_dynamic_shared": {"shared_bytes": 49152 - 256},
+    "opted_in": {"shared_bytes": 100000},
     "fine": {},
 }
 # what needs no checker: the processor, the scheduler or the watchdog sees it
@@ -155,6 +170,23 @@ def test_launch_is_refused(schedule, case):
     report, options = LAUNCHES[case]
     with pytest.raises(RuntimeError, match=f"cudasim: launch of fine: .*{report}"):
         launch("fine", {"schedule": schedule}, **options)
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_too_much_shared_memory_is_refused(schedule, case):
+    kernel, shared_bytes, report = SHARED[case]
+    with pytest.raises(RuntimeError, match=f"cudasim: launch of {kernel}: {report}"):
+        launch(kernel, {"schedule": schedule}, shared_bytes=shared_bytes)
+
+
+def test_shared_memory_of_a_smaller_device():
+    load_test_kernels(SOURCE)
+    with pytest.raises(RuntimeError, match="100256 bytes of shared memory, limit 100255"):
+        launch("opted_in", {"max_shared_bytes": 100255}, shared_bytes=100000)
+    with pytest.raises(RuntimeError, match="100000 bytes of shared memory, limit 99999"):
+        launch("opted_in", {"max_shared_bytes": 99999}, shared_bytes=256)  # it allowed too much
+    with pytest.raises(ValueError, match="expected at most 232448, got 232449"):
+        launch("opted_in", {"max_shared_bytes": 232449}, shared_bytes=100000)
 
 
 @pytest.mark.parametrize("fault", FAST)

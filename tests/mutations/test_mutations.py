@@ -85,6 +85,7 @@ def test_sample_takes_even_distances_and_only_takes_a_line():
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("needs_simulator")
 def test_checks_notice_every_mutant(capsys):
     status = mutate_kernels.main([])
     assert status == 0, capsys.readouterr().out

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/extent.h"
 #include "runtime/checker.h"
 
 namespace detr_fast {
@@ -39,7 +40,7 @@ class DeviceScope {
 
  private:
   static void track(const Tensor& tensor, const char* role, bool output) {
-    cudasim::track(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(),
+    cudasim::track(tensor.const_data_ptr(), extent_bytes(tensor),
                    role + (" " + shape_string(tensor.sizes())), output, output);
   }
 

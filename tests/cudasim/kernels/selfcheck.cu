@@ -240,6 +240,25 @@ SELFCHECK(dynamic_shared_uninitialised) {
   out[threadIdx.x] = staged[threadIdx.x];  // FAULT
 }
 
+// Up to 48 KiB of both kinds go without an opt-in.
+SELFCHECK(static_and_dynamic_shared) {
+  __shared__ int staged[64];
+  DETR_FAST_DYNAMIC_SHARED(int, scratch);
+  staged[threadIdx.x] = values[threadIdx.x];
+  scratch[threadIdx.x] = staged[threadIdx.x];
+  out[threadIdx.x] = scratch[threadIdx.x];
+}
+
+SELFCHECK(opted_in) {
+  __shared__ int staged[64];
+  DETR_FAST_DYNAMIC_SHARED(int, scratch);
+  int* const last = scratch + (100000 / sizeof(int) - 64);
+  staged[threadIdx.x] = values[threadIdx.x];
+  last[threadIdx.x] = staged[threadIdx.x];
+  out[threadIdx.x] = last[threadIdx.x];
+}
+static const int kOptedIn = (DETR_FAST_ALLOW_SHARED(opted_in, 100000), 0);
+
 // Shared memory does not outlive a block.
 SELFCHECK(shared_of_another_block) {
   __shared__ int staged[64];

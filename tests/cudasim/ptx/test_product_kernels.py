@@ -36,7 +36,7 @@ RUNS = [(case, dtype) for case in CASES for dtype in (torch.float32, torch.float
 
 
 @pytest.fixture(scope="module")
-def home():
+def home(needs_simulator):  # whose runtime the host side is linked to
     home, reason = toolkit()
     if home is None:
         pytest.skip(reason)

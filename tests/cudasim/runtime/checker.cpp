@@ -268,6 +268,14 @@ void begin_checked_block() {
   for (Range& range : shared) std::fill(range.initialised.begin(), range.initialised.end(), false);
 }
 
+size_t used_static_bytes() {
+  size_t bytes = 0;  // behind the first range, which is dynamic
+  for (size_t i = 1; i < shared.size(); ++i) {
+    if (!shared[i].words.empty()) bytes += shared[i].end - shared[i].begin;
+  }
+  return bytes;
+}
+
 std::vector<std::string> found_faults() {
   std::vector<std::string> messages;
   for (const auto& [places, message] : found) messages.push_back(message);

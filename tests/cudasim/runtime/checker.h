@@ -25,6 +25,8 @@ CUDASIM_EXPORT size_t unwritten_bytes(const void* data);
 
 void begin_checked_launch(const Launch&);  // after select_image()
 void begin_checked_block();
+// Of the static shared arrays that the launch has touched; 0 without the checker.
+size_t used_static_bytes();
 // What has not ended the launch: races and uninitialised reads, once for each place in the source.
 std::vector<std::string> found_faults();
 

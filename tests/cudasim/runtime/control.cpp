@@ -26,8 +26,14 @@ Schedule schedule_named(const std::string& name) {
 }
 
 void configure(const std::string& schedule, uint64_t seed, double preemption, bool strict,
-               double watchdog_seconds) {
-  options = {schedule_named(schedule), seed, preemption, strict, watchdog_seconds};
+               double watchdog_seconds, size_t max_shared_bytes) {
+  if (max_shared_bytes > kMostShared) {
+    throw std::invalid_argument("max_shared_bytes: expected at most " +
+                                std::to_string(kMostShared) + ", got " +
+                                std::to_string(max_shared_bytes));
+  }
+  options = {schedule_named(schedule), seed, preemption, strict, watchdog_seconds,
+             max_shared_bytes};
 }
 
 py::dict counts() {
@@ -97,7 +103,8 @@ std::map<std::pair<std::string, bool>, TestKernel>& test_kernels() {
 PYBIND11_MODULE(cudasim, module) {
   using namespace cudasim;
   module.def("configure", &configure, py::kw_only(), py::arg("schedule"), py::arg("seed"),
-             py::arg("preemption"), py::arg("strict"), py::arg("watchdog_seconds"));
+             py::arg("preemption"), py::arg("strict"), py::arg("watchdog_seconds"),
+             py::arg("max_shared_bytes"));
   module.def("reports", [] { return faults_of_last_launch; });
   module.def("counts", &counts);
   module.def("launch", &launch_test_kernel, py::arg("name"), py::arg("grid"), py::arg("block"),

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
@@ -21,7 +22,7 @@ namespace cudasim {
 namespace {
 
 // Limits of compute capability 8.0 to 12.0 (CUDA C++ Programming Guide, technical specifications).
-constexpr size_t kMostDynamicShared = 48 << 10;  // without cudaFuncSetAttribute
+constexpr size_t kDefaultShared = 48 << 10;  // without cudaFuncSetAttribute
 constexpr unsigned kMostDepth = 64;
 constexpr unsigned kMostGridSide = 65535;
 constexpr unsigned kMostGridWidth = 2147483647;
@@ -30,9 +31,31 @@ constexpr size_t kRedZone = 4096;  // beyond dynamic shared memory, holds kPatte
 constexpr unsigned char kPoison = 0xff, kPattern = 0xfd;  // kPoison makes every float a NaN
 
 std::mutex one_at_a_time;
-alignas(1024) unsigned char dynamic_shared[kMostDynamicShared + kRedZone];
+std::map<const void*, size_t> allowed_shared;  // dynamic, by kernel
+alignas(1024) unsigned char dynamic_shared[kMostShared + kRedZone];
 volatile sig_atomic_t watchdog_rings;
 uint64_t progress_at_last_ring;
+
+// What is wrong with the shared memory of a launch whose static arrays take `static_bytes`: without
+// an opt-in both kinds share the default limit, with one the dynamic kind has the limit to itself.
+std::string shared_fault(const Launch& launch, size_t static_bytes) {
+  const auto bytes_over = [](size_t bytes, const char* kind, size_t limit) {
+    return std::to_string(bytes) + " bytes of " + kind + "shared memory, limit " +
+           std::to_string(limit);
+  };
+  const auto entry = allowed_shared.find(launch.kernel);
+  const bool opted_in = entry != allowed_shared.end();
+  const size_t allowed = opted_in ? entry->second : 0;
+  const size_t total = static_bytes + std::max(launch.shared_bytes, allowed);
+  if (total > options.max_shared_bytes) return bytes_over(total, "", options.max_shared_bytes);
+  if (!opted_in && total > kDefaultShared) {
+    return bytes_over(total, "", kDefaultShared) + " without DETR_FAST_ALLOW_SHARED";
+  }
+  if (opted_in && launch.shared_bytes > allowed) {
+    return bytes_over(launch.shared_bytes, "dynamic ", allowed) + " of DETR_FAST_ALLOW_SHARED";
+  }
+  return "";
+}
 
 void check_limits(const Launch& launch) {
   const auto refuse = [&launch](const std::string& why) {
@@ -50,10 +73,7 @@ void check_limits(const Launch& launch) {
       std::max(grid.y, grid.z) > kMostGridSide) {
     refuse("a grid " + triple(grid) + " is not within (2147483647,65535,65535)");
   }
-  if (launch.shared_bytes > kMostDynamicShared) {
-    refuse(std::to_string(launch.shared_bytes) + " bytes of dynamic shared memory, limit " +
-           std::to_string(kMostDynamicShared));
-  }
+  if (const std::string fault = shared_fault(launch, 0); !fault.empty()) refuse(fault);
 }
 
 std::string place_of(void* signal_context) {
@@ -165,6 +185,13 @@ bool watchdog_has_rung() { return watchdog_rings > 0; }
 
 void* dynamic_shared_memory() { return dynamic_shared; }
 
+size_t max_shared_bytes() { return options.max_shared_bytes; }
+
+void allow_shared(const void* kernel, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  allowed_shared[kernel] = bytes;
+}
+
 void run_grid(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   ++statistics.launches;
@@ -181,6 +208,7 @@ void run_grid(const Launch& launch) {
     poison_shared_memory(launch);
     run_block();
     if (launch_error.empty()) check_red_zone(launch);
+    if (launch_error.empty()) launch_error = shared_fault(launch, used_static_bytes());
     if (!launch_error.empty()) break;
   }
   std::vector<std::string> faults = found_faults();

@@ -17,6 +17,7 @@
 namespace cudasim {
 
 constexpr unsigned kWarpLanes = 32;
+constexpr size_t kMostShared = 227 << 10;  // of a block, compute capability 9.0 and 10.0
 
 struct Location {
   const char* file;
@@ -50,6 +51,10 @@ struct Launch {
 
 CUDASIM_EXPORT extern Thread* current_thread;
 CUDASIM_EXPORT extern Block current_block;
+
+// Shared memory of a block: the device's, and what the launches of a kernel may have from then on.
+CUDASIM_EXPORT size_t max_shared_bytes();
+CUDASIM_EXPORT void allow_shared(const void* kernel, size_t bytes);
 
 // Runs all blocks. Throws std::runtime_error with every fault found.
 CUDASIM_EXPORT void run_grid(const Launch&);
@@ -99,9 +104,10 @@ enum class Schedule { kForward, kReverse, kRandom };
 struct Options {
   Schedule schedule = Schedule::kForward;
   uint64_t seed = 0;
-  double preemption = 0;         // chance that a thread is interrupted at a memory access
-  bool strict = true;            // no thread may exit while others need it in a barrier
-  double watchdog_seconds = 10;  // of processor time that a thread may run without waiting
+  double preemption = 0;                  // chance that a thread is interrupted at a memory access
+  bool strict = true;                     // no thread may exit while others need it in a barrier
+  double watchdog_seconds = 10;           // of processor time that a thread may run without waiting
+  size_t max_shared_bytes = kMostShared;  // of a block, at most kMostShared
 };
 extern Options options;
 

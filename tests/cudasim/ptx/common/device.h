@@ -5,6 +5,7 @@
 #include <string>
 
 #include "common/checks.h"
+#include "common/extent.h"
 
 namespace ptx {
 
@@ -38,10 +39,7 @@ class DeviceScope {
  private:
   static void track(const Tensor& tensor, const char* role, bool writable) {
     const std::string name = role + (" " + shape_string(tensor.sizes()));
-    int64_t elements = 1;  // an expanded dimension has a stride of 0
-    for (int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.size(i) - 1) * tensor.stride(i);
-    const size_t bytes = tensor.numel() == 0 ? 0 : elements * tensor.element_size();
-    ptx::track(tensor.const_data_ptr(), bytes, name.c_str(), writable);
+    ptx::track(tensor.const_data_ptr(), extent_bytes(tensor), name.c_str(), writable);
   }
 };
 

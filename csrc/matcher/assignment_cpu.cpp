@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU twin of linear_sum_assignment: threads over problems, each with a scratch of its own.
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/library.h"
+#include "common/multiversion.h"
+#include "matcher/assignment.h"
+#include "matcher/assignment_checks.h"
+#include "matcher/non_finite.h"
+
+namespace detr_fast {
+namespace {
+
+// The fewest costs that are worth another thread (about 10 us of work).
+constexpr int64_t kCostsPerThread = 8192;
+// Columns that are laid out as rows at a time: their cache lines are read once.
+constexpr int kTile = 16;
+
+// Lays the cost out as rows; returns what it holds beside finite numbers.
+template <typename scalar_t>
+DETR_FAST_MULTIVERSION int lay_out(CostView<scalar_t> view, AssignmentShape shape,
+                                   CostRows<scalar_t> costs) {
+  int64_t row_step = view.query_step, column_step = view.target_step;
+  if (shape.targets_are_rows) std::swap(row_step, column_step);
+  for (int first = 0; first < shape.columns; first += kTile) {
+    const int last = std::min(first + kTile, shape.columns);
+    for (int i = 0; i < shape.rows; ++i) {
+      const scalar_t* from = view.data + i * row_step;
+      scalar_t* __restrict to = costs.row(i);
+      for (int j = first; j < last; ++j) to[j] = from[j * column_step];
+    }
+  }
+  int bits = 0;
+  for (int i = 0; i < shape.rows; ++i) {
+    const scalar_t* row = costs.row(i);
+#pragma omp simd reduction(| : bits)
+    for (int j = 0; j < shape.columns; ++j) bits |= non_finite_bits(row[j]);
+  }
+  return bits;
+}
+
+template <Ties kTies, typename scalar_t>
+DETR_FAST_MULTIVERSION bool solve(CostRows<scalar_t> costs, AssignmentState state) {
+  const OneLane lane;
+  clear_state(state, 0, 1);
+  if constexpr (kTies == Ties::kAny) find_row_minima(lane, costs, state, 0, 1);
+  return shortest_paths<kTies>(lane, costs, state);
+}
+
+// The memory of one thread, for the largest problem that it meets.
+class Scratch {
+ public:
+  void* at_least(size_t bytes) {
+    if (bytes > bytes_) {
+      memory_.reset(new double[(bytes + sizeof(double) - 1) / sizeof(double)]);  // not set to 0
+      bytes_ = bytes;
+    }
+    return memory_.get();
+  }
+
+ private:
+  std::unique_ptr<double[]> memory_;
+  size_t bytes_ = 0;
+};
+
+// Solves one problem of `targets` targets; writes the query of each; returns its status.
+template <Ties kTies, typename scalar_t>
+int assign(CostView<scalar_t> view, int queries, int targets, NonFinite non_finite,
+           Scratch& scratch, int64_t* query_of_target) {
+  std::fill_n(query_of_target, targets, kFree);
+  const AssignmentShape shape = assignment_shape(queries, targets);
+  const size_t bytes = state_bytes<kTies>(shape.rows, shape.columns);
+  auto* memory = static_cast<char*>(
+      scratch.at_least(bytes + sizeof(scalar_t) * size_t(shape.rows) * shape.columns));
+  const CostRows<scalar_t> costs = {reinterpret_cast<scalar_t*>(memory + bytes), shape.columns,
+                                    shape.rows};
+  const int bits = lay_out(view, shape, costs);
+  if (non_finite.policy == NonFinitePolicy::kError) {
+    if (bits & kInvalid) return kExtraCost;
+  } else if (bits != 0) {
+    replace_non_finite(OneLane(), costs, shape.rows, shape.columns, non_finite);
+  }
+  const AssignmentState state = place_state<kTies>(memory, shape.rows, shape.columns);
+  if (!solve<kTies>(costs, state)) return kInfeasible;
+  std::copy_n(shape.targets_are_rows ? state.column_of_row : state.row_of_column, targets,
+              query_of_target);
+  return 0;
+}
+
+std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const Tensor& count,
+                                                     int64_t algorithm, bool scipy_ties,
+                                                     int64_t non_finite,
+                                                     std::vector<double> replacement) {
+  using torch::headeronly::ScalarType;
+  const AssignmentProblems problems =
+      check_assignment(cost, count, algorithm, scipy_ties, non_finite, replacement);
+  const int width = problems.targets;
+  const Tensor query_of_target =
+      torch::stable::new_empty(cost, {problems.problems, width}, ScalarType::Long);
+  const Tensor status = torch::stable::new_empty(cost, {problems.problems}, ScalarType::Int);
+  auto* found = query_of_target.mutable_data_ptr<int64_t>();
+  auto* statuses = status.mutable_data_ptr<int>();
+  const int* counts = count.const_data_ptr<int>();
+  const int64_t count_step = count.stride(0);
+  dispatch_floating(cost, [&](auto zero) {
+    using scalar_t = decltype(zero);
+    const CostView<scalar_t> view = {cost.const_data_ptr<scalar_t>(), cost.stride(1),
+                                     cost.stride(2)};
+    const int64_t step = cost.stride(0);
+    const auto run = [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      for (int64_t p = begin; p < end; ++p) {
+        const int targets = std::clamp(counts[p * count_step], 0, width);
+        const CostView<scalar_t> problem = {view.data + p * step, view.query_step,
+                                            view.target_step};
+        int64_t* row = found + p * width;
+        const auto assign_by =
+            scipy_ties ? assign<Ties::kScipy, scalar_t> : assign<Ties::kAny, scalar_t>;
+        statuses[p] =
+            assign_by(problem, problems.queries, targets, problems.non_finite, scratch, row);
+        if (statuses[p] != 0) std::fill_n(row, targets, kFree);
+        std::fill(row + targets, row + width, kFree);
+      }
+    };
+    const int64_t costs = std::max<int64_t>(1, int64_t(problems.queries) * width);
+    torch::stable::parallel_for(0, problems.problems, std::max<int64_t>(1, kCostsPerThread / costs),
+                                run);
+  });
+  return {query_of_target, status};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(DETR_FAST_NAMESPACE, CPU, m) {
+  m.impl("linear_sum_assignment", TORCH_BOX(&linear_sum_assignment_cpu));
+}
+
+}  // namespace detr_fast
