@@ -19,6 +19,7 @@ from detr_fast.matcher.base import (
     Keys,
     Outputs,
     Pairs,
+    focal_or_softmax,
     match_layers,
 )
 from detr_fast.matcher.mask2former import match_masks
