@@ -119,9 +119,9 @@ def get_go_indices(
     """Unite the matches of all layers: every query keeps the target it had in most layers.
 
     The "GO" indices of D-FINE (Peng et al., ICLR 2025), for its criterion:
-    ``DFINECriterion._get_go_indices = staticmethod(get_go_indices)``.  Where two targets were
-    met equally often, the lower one is kept, as in the original on the CPU (its sort is not
-    promised to be stable).  A few reads from the device, where the original has two for each pair.
+    ``DFINECriterion._get_go_indices = staticmethod(get_go_indices)``.  Of targets met equally
+    often the lowest is kept, and equal counts are ordered by query; the original leaves both to a
+    sort that is not stable.  A few reads from the device, where the original has two a pair.
 
     Args:
         indices (Sequence[tuple[Tensor, Tensor]]): for each image matched queries and their

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -126,7 +127,7 @@ def patch(library: str) -> Patch:
     """
     if library not in _LIBRARIES:
         raise ValueError(f"library: expected one of {', '.join(_LIBRARIES)}, got {library!r}")
-    if find_spec(library) is None:
+    if library not in sys.modules and find_spec(library) is None:
         raise ImportError(f"{library} is not installed here: there is nothing to patch")
     swaps, known = [], 0
     for entry in _LIBRARIES[library]:
