@@ -49,6 +49,13 @@ struct CostRows {
   }
 };
 
+// Where the costs (problems, queries, targets) of linear_sum_assignment lie.
+template <typename scalar_t>
+struct CostView {
+  const scalar_t* data;
+  int64_t problem_step, query_step, target_step;
+};
+
 // Duals and lengths are float64 also where the costs are float32: a dual is a sum of differences of
 // costs, and in float32 one large cost would take the digits of all small ones that it meets.
 struct AssignmentState {
@@ -136,9 +143,9 @@ constexpr unsigned kNoRank = ~0u;
 template <Ties kTies>
 DETR_FAST_HOST_DEVICE unsigned rank_of(const AssignmentState& state, int column) {
   const bool free = state.row_of_column[column] == kFree;
-  if constexpr (kTies == Ties::kAny) return free ? column : kOccupied | unsigned(column);
-  const int position = state.position[column];
-  return free ? state.columns - 1 - position : kOccupied | unsigned(position);
+  if constexpr (kTies == Ties::kAny) return unsigned(column) | (free ? 0 : kOccupied);
+  const unsigned position = unsigned(state.position[column]);
+  return free ? unsigned(state.columns - 1) - position : position | kOccupied;
 }
 
 template <Ties kTies>
@@ -191,8 +198,11 @@ struct OneLane {
     for (int k = 0; k < kPiece; ++k) least = leasts[k] < least ? leasts[k] : least;
     for (; j < columns; ++j) least = row[j] < least ? row[j] : least;
     if (!(least < scalar_t(kInfinity))) return {least, kFree};
-    int column = 0;
-    while (row[column] != least) ++column;
+    int column = columns;
+    for (j = 0; j < columns; ++j) {
+      const int found = row[j] == least ? j : columns;
+      column = found < column ? found : column;
+    }
     return {least, column};
   }
 
@@ -221,7 +231,8 @@ struct OneLane {
       const bool shorter = over_row < known;
       const double now = shorter ? over_row : known;
       length[j] = now;
-      path[j] = shorter ? row : path[j];
+      // a choice would become a masked store behind a branch
+      path[j] ^= (path[j] ^ row) & -int(shorter);
       least = now < least ? now : least;
     }
     return least;
@@ -230,20 +241,13 @@ struct OneLane {
   template <Ties kTies>
   static DETR_FAST_HOST_DEVICE unsigned first_rank(const AssignmentState& state, double least) {
     const double* __restrict length = state.length;
-    unsigned rank = kNoRank;
-    for (int piece = 0; piece < state.columns; piece += kPiece) {
-      int found = 0;
-#pragma omp simd reduction(+ : found)
-      for (int k = 0; k < kPiece; ++k) found += length[piece + k] == least ? 1 : 0;
-      if (!found) continue;
-      for (int j = piece; j < piece + kPiece; ++j) {
-        if (length[j] != least) continue;
-        const unsigned other = rank_of<kTies>(state, j);
-        if (other < rank) rank = other;
-        if (kTies == Ties::kAny && rank < kOccupied) return rank;
-      }
+    unsigned first = kNoRank;
+#pragma omp simd reduction(min : first)
+    for (int j = 0; j < state.columns; ++j) {
+      const unsigned rank = rank_of<kTies>(state, j);
+      first = length[j] == least && rank < first ? rank : first;
     }
-    return rank;
+    return first;
   }
 };
 

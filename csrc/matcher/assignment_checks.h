@@ -54,16 +54,16 @@ inline AssignmentProblems check_assignment(const Tensor& cost, const Tensor& cou
   STD_TORCH_CHECK(count.device() == cost.device(), "count: expected the device of cost, ",
                   device_string(cost), ", got ", device_string(count));
   STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "algorithm: expected 0 to 2, got ", algorithm);
+  STD_TORCH_CHECK(!scipy_ties || algorithm != int(Algorithm::kAuction),
+                  "algorithm: the auction does not know scipy's ties");
   return {check_count_of(cost.size(0), "problems"), check_count_of(cost.size(1), "queries"),
           check_count_of(cost.size(2), "targets"),  static_cast<Algorithm>(algorithm),
           scipy_ties ? Ties::kScipy : Ties::kAny,   check_non_finite(non_finite, replacement)};
 }
 
-// Where the costs of a problem lie.
 template <typename scalar_t>
-struct CostView {
-  const scalar_t* data;
-  int64_t query_step, target_step;
-};
+CostView<scalar_t> cost_view(const Tensor& cost, const scalar_t* data) {
+  return {data, cost.stride(0), cost.stride(1), cost.stride(2)};
+}
 
 }  // namespace detr_fast

@@ -12,6 +12,7 @@
 #include "common/multiversion.h"
 #include "matcher/assignment.h"
 #include "matcher/assignment_checks.h"
+#include "matcher/auction.h"
 #include "matcher/non_finite.h"
 
 namespace detr_fast {
@@ -53,6 +54,12 @@ DETR_FAST_MULTIVERSION bool solve(CostRows<scalar_t> costs, AssignmentState stat
   return shortest_paths<kTies>(lane, costs, state);
 }
 
+template <typename scalar_t>
+DETR_FAST_MULTIVERSION bool solve_by_auction(CostRows<scalar_t> costs, AssignmentState state) {
+  clear_state(state, 0, 1);
+  return assign_by_auction(OneLane(), costs, state);
+}
+
 // The memory of one thread, for the largest problem that it meets.
 class Scratch {
  public:
@@ -70,7 +77,7 @@ class Scratch {
 };
 
 // Solves one problem of `targets` targets; writes the query of each; returns its status.
-template <Ties kTies, typename scalar_t>
+template <Algorithm kAlgorithm, Ties kTies, typename scalar_t>
 int assign(CostView<scalar_t> view, int queries, int targets, NonFinite non_finite,
            Scratch& scratch, int64_t* query_of_target) {
   std::fill_n(query_of_target, targets, kFree);
@@ -87,7 +94,13 @@ int assign(CostView<scalar_t> view, int queries, int targets, NonFinite non_fini
     replace_non_finite(OneLane(), costs, shape.rows, shape.columns, non_finite);
   }
   const AssignmentState state = place_state<kTies>(memory, shape.rows, shape.columns);
-  if (!solve<kTies>(costs, state)) return kInfeasible;
+  bool solved;
+  if constexpr (kAlgorithm == Algorithm::kAuction) {
+    solved = solve_by_auction(costs, state);
+  } else {
+    solved = solve<kTies>(costs, state);
+  }
+  if (!solved) return kInfeasible;
   std::copy_n(shape.targets_are_rows ? state.column_of_row : state.row_of_column, targets,
               query_of_target);
   return 0;
@@ -110,18 +123,18 @@ std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const T
   const int64_t count_step = count.stride(0);
   dispatch_floating(cost, [&](auto zero) {
     using scalar_t = decltype(zero);
-    const CostView<scalar_t> view = {cost.const_data_ptr<scalar_t>(), cost.stride(1),
-                                     cost.stride(2)};
-    const int64_t step = cost.stride(0);
+    const CostView<scalar_t> view = cost_view(cost, cost.const_data_ptr<scalar_t>());
+    const auto assign_by = problems.algorithm == Algorithm::kAuction
+                               ? assign<Algorithm::kAuction, Ties::kAny, scalar_t>
+                           : scipy_ties ? assign<Algorithm::kShortestPath, Ties::kScipy, scalar_t>
+                                        : assign<Algorithm::kShortestPath, Ties::kAny, scalar_t>;
     const auto run = [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t p = begin; p < end; ++p) {
         const int targets = std::clamp(counts[p * count_step], 0, width);
-        const CostView<scalar_t> problem = {view.data + p * step, view.query_step,
-                                            view.target_step};
+        CostView<scalar_t> problem = view;
+        problem.data += p * view.problem_step;
         int64_t* row = found + p * width;
-        const auto assign_by =
-            scipy_ties ? assign<Ties::kScipy, scalar_t> : assign<Ties::kAny, scalar_t>;
         statuses[p] =
             assign_by(problem, problems.queries, targets, problems.non_finite, scratch, row);
         if (statuses[p] != 0) std::fill_n(row, targets, kFree);
