@@ -2,6 +2,8 @@
 """The matchers of other code bases against their published definitions, restated."""
 
 import argparse
+import inspect
+import sys
 
 import pytest
 import torch
@@ -182,6 +184,17 @@ def test_rfdetr_builds_its_matcher_by_the_arguments():
 def test_refuses_what_it_does_not_know(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("module", [rtdetr, rtdetrv2, dfine])
+def test_can_be_built_from_a_configuration_file(module):
+    """Arguments are read by position, and shared ones have to have a default."""
+    cls = module.HungarianMatcher
+    arguments = inspect.getfullargspec(cls.__init__)
+    optional = arguments.args[-len(arguments.defaults) :]
+    assert arguments.args[:2] == ["self", "weight_dict"]
+    assert set(cls.__share__) <= set(optional)
+    assert getattr(sys.modules[cls.__module__], cls.__name__) is cls
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if "D-FINE" not in n and "RF-DETR" not in n])
