@@ -1,91 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bipartite matching of queries and targets, as facebookresearch/detr calls it."""
+"""Bipartite matching of queries and targets.
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+:class:`HungarianMatcher` is that of facebookresearch/detr.  Each module of this package has the
+matcher of another code base under its own name; :func:`patch` puts it into an installed library.
+"""
 
-import torch
-from torch import Tensor, nn
+from detr_fast.matcher.detr import HungarianMatcher, build_matcher
+from detr_fast.matcher.patching import Patch, patch
 
-from detr_fast.matcher.packing import Targets
-from detr_fast.ops.matcher import CostWeights, hungarian_match
-
-__all__ = ["HungarianMatcher", "build_matcher"]
-
-
-class HungarianMatcher(nn.Module):
-    """The matcher of facebookresearch/detr: one query for each target at the least total cost.
-
-    The cost of a query and a target is ``cost_bbox`` times the L1 distance of the boxes, less
-    ``cost_class`` times the probability of the target's class, less ``cost_giou`` times the GIoU
-    (Carion et al., ECCV 2020).  It is computed in float32 (float64 for float64 inputs), also under
-    autocast; ties are resolved as scipy does.
-
-    Args:
-        cost_class (float): weight of the class probability.
-        cost_bbox (float): weight of the L1 distance.
-        cost_giou (float): weight of the GIoU.
-
-    Raises:
-        ValueError: if all weights are 0.
-    """
-
-    def __init__(self, cost_class: float = 1, cost_bbox: float = 1, cost_giou: float = 1) -> None:
-        super().__init__()
-        if cost_class == 0 and cost_bbox == 0 and cost_giou == 0:
-            raise ValueError("cost_class, cost_bbox and cost_giou are all 0: nothing to match by")
-        self.cost_class = cost_class
-        self.cost_bbox = cost_bbox
-        self.cost_giou = cost_giou
-
-    def extra_repr(self) -> str:
-        """The three weights."""
-        return (
-            f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
-        )
-
-    @torch.no_grad()
-    def forward(
-        self, outputs: Mapping[str, Any], targets: Sequence[Mapping[str, Tensor]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Match every image of a batch.
-
-        Args:
-            outputs (Mapping): ``"pred_logits"`` (Tensor[B, Q, C], no-object included) and
-                ``"pred_boxes"`` (Tensor[B, Q, 4], ``(cx, cy, w, h)``).
-            targets (Sequence[Mapping]): for each image ``"labels"`` (Tensor[n] of integers below
-                C) and ``"boxes"`` (Tensor[n, 4], ``(cx, cy, w, h)``); n may be 0, or above Q.
-
-        Returns:
-            list[tuple[Tensor, Tensor]]: for each image the matched queries, ascending, and the
-            target of each: int64 on the CPU, of length ``min(Q, n)``.
-
-        Raises:
-            ValueError: if shapes do not fit, a label is out of range or a cost is not finite.
-        """
-        logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        if logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
-            raise ValueError(
-                "expected pred_logits (B, Q, C) and pred_boxes (B, Q, 4), "
-                f"got {tuple(logits.shape)} and {tuple(boxes.shape)}"
-            )
-        if len(targets) != len(logits):
-            raise ValueError(f"{len(targets)} targets for a batch of {len(logits)} images")
-        match = hungarian_match(
-            logits[None],
-            boxes[None],
-            Targets.from_list(targets).to(logits.device),
-            CostWeights(self.cost_class, self.cost_bbox, self.cost_giou),
-            ties="scipy",
-        )
-        match.raise_for_status()
-        return [(queries.cpu(), chosen.cpu()) for queries, chosen in match.pairs()[0]]
-
-
-def build_matcher(args: Any) -> HungarianMatcher:
-    """Matcher of the flags ``set_cost_class``, ``set_cost_bbox`` and ``set_cost_giou``."""
-    return HungarianMatcher(
-        cost_class=args.set_cost_class,
-        cost_bbox=args.set_cost_bbox,
-        cost_giou=args.set_cost_giou,
-    )
+__all__ = ["HungarianMatcher", "Patch", "build_matcher", "patch"]

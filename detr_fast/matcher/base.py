@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the drop-in matchers share: dicts of outputs and targets in, pairs of CPU indices out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from detr_fast.matcher.packing import Targets
+from detr_fast.ops.matcher import ClassCost, CostWeights, Match, hungarian_match
+from detr_fast.reference.match import NonFinite
+from detr_fast.reference.matcher import matching_cost_terms
+
+Outputs: TypeAlias = Mapping[str, Any]
+ImageTargets: TypeAlias = Sequence[Mapping[str, Tensor]]
+Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
+
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def focal_or_softmax(focal: bool, alpha: float, gamma: float) -> ClassCost:
+    """The two class costs that several code bases let one choose from."""
+    return ClassCost("focal" if focal else "softmax", alpha, gamma)
+
+
+class Keys(NamedTuple):
+    """What a code base calls logits and boxes of the outputs, and labels and boxes of a target."""
+
+    logits: str = "pred_logits"
+    boxes: str = "pred_boxes"
+    labels: str = "labels"
+    target_boxes: str = "boxes"
+
+
+DETR_KEYS = Keys()
+
+
+def match_layers(
+    layers: Sequence[Outputs],
+    targets: ImageTargets,
+    weights: CostWeights,
+    class_cost: ClassCost,
+    *,
+    keys: Keys = DETR_KEYS,
+    groups: int = 1,
+    extra_cost: Sequence[Sequence[Tensor]] | None = None,
+    non_finite: NonFinite = "error",
+) -> list[Pairs]:
+    """Match several outputs, such as those of all decoder layers, with one call of the op.
+
+    Ties are resolved as scipy does.  Indices come to the host in one copy.
+
+    Args:
+        layers (Sequence[Mapping]): for each layer logits (Tensor[B, Q, C]) and boxes
+            (Tensor[B, Q, 4]); Q may differ between layers.
+        targets (Sequence[Mapping]): for each image labels (Tensor[n]) and boxes (Tensor[n, 4]).
+        weights (CostWeights): of class cost, L1 and GIoU.
+        class_cost (ClassCost): the formula of the class cost.
+        keys (Keys): what the four tensors are called.
+        groups (int): query groups of an image, each matched on its own.
+        extra_cost (Sequence[Sequence[Tensor[Q, n]]] | None): for each layer and image.
+        non_finite (str | tuple[float, float, float]): see :func:`hungarian_match`.
+
+    Returns:
+        list[list[tuple[Tensor, Tensor]]]: for each layer and image the matched queries,
+        ascending, and the target of each: int64 on the CPU.
+
+    Raises:
+        ValueError: if shapes do not fit, or under ``"error"`` if a cost is not finite or a label
+            outside of the columns; names layer, image, term and input.
+    """
+    logits = [layer[keys.logits] for layer in layers]
+    boxes = [layer[keys.boxes] for layer in layers]
+    for of_layer, boxes_of_layer in zip(logits, boxes, strict=True):
+        _check_shapes(of_layer, boxes_of_layer, len(targets), groups, keys)
+    packed = Targets.from_list(targets, keys.labels, keys.target_boxes)
+    if packed.labels.device != logits[0].device:
+        packed = packed.to(logits[0].device)
+    extra = None
+    if extra_cost is not None:
+        extra = [_padded_cost(costs, packed.labels.shape[1]) for costs in extra_cost]
+    try:
+        match = hungarian_match(
+            logits,
+            boxes,
+            packed,
+            weights,
+            class_cost,
+            groups=groups,
+            extra_cost=extra,
+            ties="scipy",
+            non_finite=non_finite,
+        )
+        return host_pairs(match)
+    except ValueError as error:
+        found = _diagnosis(logits, boxes, packed, weights, class_cost, keys)
+        if non_finite != "error" or found is None:
+            raise
+        raise ValueError(found) from error
+
+
+def host_pairs(match: Match) -> list[Pairs]:
+    """The pairs of a match without repeated targets, as CPU tensors; one copy from the device.
+
+    Raises:
+        ValueError: if a problem has no result.
+    """
+    found = match.target_of_query.cpu()
+    counts, queries, groups, _ = match.sizes
+    sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
+    found, width = found.view(-1), max(1, found.size(2))
+    position = (found >= 0).nonzero().view(-1)
+    if position.size(0) != sum(sizes):
+        match.raise_for_status()
+    in_image = (position % width).split_with_sizes(sizes)
+    chosen = found.index_select(0, position).split_with_sizes(sizes)
+    pairs, images = list(zip(in_image, chosen, strict=True)), len(counts)
+    return [pairs[i * images : (i + 1) * images] for i in range(len(queries))]
+
+
+def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys: Keys) -> None:
+    if logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
+        raise ValueError(
+            f"expected {keys.logits} (B, Q, C) and {keys.boxes} (B, Q, 4), "
+            f"got {tuple(logits.shape)} and {tuple(boxes.shape)}"
+        )
+    if images != len(logits):
+        raise ValueError(f"{images} targets for a batch of {len(logits)} images")
+    if logits.shape[1] % groups:
+        raise ValueError(f"{logits.shape[1]} queries cannot be cut into {groups} equal groups")
+
+
+def _padded_cost(costs: Sequence[Tensor], width: int) -> Tensor:
+    """B costs (Q, n) -> (B, Q, width); what pads is not read."""
+    return torch.stack(
+        [torch.nn.functional.pad(cost, (0, width - cost.shape[1])) for cost in costs]
+    )
+
+
+def _diagnosis(
+    logits: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    targets: Targets,
+    weights: CostWeights,
+    class_cost: ClassCost,
+    keys: Keys,
+) -> str | None:
+    """Name the first image whose cost is not finite; None where the sum or an extra cost is so."""
+    for layer, (x, b) in enumerate(zip(logits, boxes, strict=True)):
+        for image, n in enumerate(targets.count_host):
+            of_image = x[image], b[image], targets.labels[image, :n], targets.boxes[image, :n]
+            why = _why_not_finite(*of_image, weights, class_cost, keys)
+            if why is not None:
+                where = f"layer {layer}, image {image}" if len(logits) > 1 else f"image {image}"
+                return f"{where}: {why}"
+    return None
+
+
+def _why_not_finite(
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    target_boxes: Tensor,
+    weights: CostWeights,
+    class_cost: ClassCost,
+    keys: Keys,
+) -> str | None:
+    """Explain NaN or infinity in the terms of one image."""
+    outside = (labels < 0) | (labels >= logits.shape[1])
+    if weights.cost_class and outside.any():
+        return (
+            f"label {int(labels[outside][0])} is outside of the {logits.shape[1]} columns of "
+            f"{keys.logits}: num_classes shall be the largest label + 1"
+        )
+    terms = matching_cost_terms(
+        logits[None], boxes[None], labels[None], target_boxes[None], weights, class_cost
+    )
+    of_terms = [
+        name
+        for name, term in terms._asdict().items()
+        if term is not None and not term.isfinite().all()
+    ]
+    if not of_terms:
+        return None
+    inputs = {keys.logits: logits, keys.boxes: boxes, "target boxes": target_boxes}
+    of_inputs = [name for name, value in inputs.items() if not value.isfinite().all()]
+    cause = (
+        f"{' and '.join(of_inputs)} hold NaN or infinity: the training has diverged, or the data "
+        "set holds such boxes"
+        if of_inputs
+        else "numbers overflow: the training has diverged, or the data set holds huge boxes"
+    )
+    return f"matching cost not finite in the term {', '.join(of_terms)}; {cause}"
