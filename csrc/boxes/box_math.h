@@ -6,8 +6,6 @@
 // torchvision's bit for bit.
 #pragma once
 
-#include <limits>
-
 #include "common/host_device.h"
 
 namespace detr_fast {
@@ -90,14 +88,11 @@ DETR_FAST_HOST_DEVICE T similarity(Box<T> a, Box<T> b, T eps) {
   return iou - ratio(o.hull - o.union_area, o.hull + eps);
 }
 
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
 // 1 / value; 0 where that is infinite: an empty term is constant, its gradient 0.
 template <typename T>
 DETR_FAST_HOST_DEVICE T reciprocal(T value) {
   const T result = T(1) / value;
-  return result == kInfinity<T> || result == -kInfinity<T> ? T(0) : result;
+  return result == T(kInfinity) || result == -T(kInfinity) ? T(0) : result;
 }
 
 // The share of the gradient of max(a, b) that goes to a: one half at a tie, as in torch.maximum.

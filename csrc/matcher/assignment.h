@@ -23,7 +23,6 @@ namespace detr_fast {
 enum class Ties { kAny, kScipy };
 
 constexpr int kFree = -1;
-constexpr double kInfinity = __builtin_huge_val();
 
 // Rows and columns of a problem. scipy transposes only where there are fewer targets than queries:
 // where there are as many, its rows are the queries.

@@ -41,7 +41,7 @@ struct MatchLayer {
 
 template <typename scalar_t>
 DETR_FAST_HOST_DEVICE bool is_finite(scalar_t value) {
-  return value <= kLargest<scalar_t> && value >= -kLargest<scalar_t>;
+  return value < scalar_t(kInfinity) && value > -scalar_t(kInfinity);
 }
 
 // base^exponent; squares, the usual case, are products as in torch.
