@@ -29,6 +29,7 @@ from tests.cudasim import simulated
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
 POLICIES = ["error", "error", "worst", (1.0, 3e38, -3e38), (0.0, 0.0, 0.0)]
+SHARED_BYTES = [232448, 8192]  # of an H100, and so few that costs and state go to a workspace
 NON_FINITE = [math.nan, math.inf, -math.inf]
 
 
@@ -101,7 +102,8 @@ def assignment(draw: Draw) -> str:
         ours, theirs = (pairs_of(f[problem], n, queries) for f in (found, expected))
         allowed = 1e-6 * read[theirs].abs().sum() + 1e-12
         if algorithm == "auction":
-            allowed += 1e-6 * len(theirs[0]) * read.nan_to_num(posinf=0).abs().max()
+            finite = read.nan_to_num(posinf=0).abs().flatten().tolist()
+            allowed += 1e-6 * len(theirs[0]) * max(finite, default=0)
         assert (read[ours].sum() - read[theirs].sum()).abs() <= allowed
     return f"assignment {algorithm}, ties {ties}"
 
@@ -177,9 +179,9 @@ def targets_of(draw: Draw, n: int, columns: int) -> dict[str, Tensor]:
 
 
 def run(seed: int) -> str:
-    """One case in a random schedule of its own."""
+    """One case, in a random schedule and on a device of its own."""
     draw = Draw(seed)
-    with simulated(schedule="random", seed=seed):
+    with simulated(schedule="random", seed=seed, max_shared_bytes=draw.choice(SHARED_BYTES)):
         return draw.choice([assignment, match])(draw)
 
 
