@@ -40,7 +40,11 @@ def parts() -> dict[str, Callable[[Setting], Found]]:
         subject: functools.partial(gpu_parts.benchmark, subject=subject)
         for subject in ("limits", *benchmark_subjects())
     }
-    return benchmarks | {"tests": gpu_parts.tests, "sanitizer": gpu_parts.sanitizer}
+    return benchmarks | {
+        "conformance": gpu_parts.conformance,
+        "tests": gpu_parts.tests,
+        "sanitizer": gpu_parts.sanitizer,
+    }
 
 
 def run_parts(

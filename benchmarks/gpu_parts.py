@@ -25,6 +25,7 @@ TAIL = 3000  # characters of a failing command's output that the result keeps
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ERROR = 9  # exit status of the sanitizer when it found something
+QUICK_TESTS = "ops/test_boxes.py"
 NOT_OURS = {"sdpa"}  # benchmarks that run no kernel of detr_fast
 
 PROBE = """
@@ -184,8 +185,8 @@ def tests(setting: Setting) -> Found:
         return {"status": "failed", "note": "pytest is not installed"}
     report = setting.work / "tests.xml"
     report.unlink(missing_ok=True)
-    folder = ROOT / "tests" / "ops" if setting.quick else ROOT / "tests"
-    command = [setting.python, "-m", "pytest", folder, "-c", ROOT / "pyproject.toml", "-q"]
+    chosen = ROOT / "tests" / QUICK_TESTS if setting.quick else ROOT / "tests"
+    command = [setting.python, "-m", "pytest", chosen, "-c", ROOT / "pyproject.toml", "-q"]
     command += ["--rootdir", ROOT, "-k", selection(setting.device), "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", "--junitxml", report]
     ended = setting.run("tests", command, seconds=200)
@@ -226,6 +227,15 @@ def _text(element: ElementTree.Element) -> str:
     """What pytest says of a test file that it cannot collect; nothing for a test that ran."""
     collected = element.get("message") != "collection failure"
     return "" if collected else element.text or ""
+
+
+def conformance(setting: Setting) -> Found:
+    """Golden files: what this device makes of the simulator's conformance kernels."""
+    command = [setting.python, BENCHMARKS / "conformance.py", "--device", setting.device]
+    if setting.quick or setting.device == "cpu":
+        command += ["--output", setting.work / "golden"]
+    ended = setting.run("conformance", command, seconds=60)
+    return ended.failure() if ended.status != 0 else passed(note=ended.output.splitlines()[-1])
 
 
 def sanitizer(setting: Setting) -> Found:

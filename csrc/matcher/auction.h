@@ -172,6 +172,7 @@ template <typename Lanes, typename scalar_t>
 DETR_FAST_HOST_DEVICE bool assign_by_auction(Lanes lanes, CostRows<scalar_t> costs,
                                              const AssignmentState& state) {
   if (Auction<Lanes, scalar_t>(lanes, costs, state).run()) return true;
+  lanes.sync();
   clear_state(state, lanes.lane(), Lanes::kLanes);
   lanes.sync();
   find_row_minima(lanes, costs, state, 0, 1);

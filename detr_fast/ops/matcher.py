@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 _ops = torch.ops.detr_fast
-# the enumerations of csrc/matcher/matcher.h
+# the enumerations of csrc/matcher/options.h
 _ALGORITHMS = {"auto": 0, "shortest_path": 1, "auction": 2}
 _CLASS_COSTS = {"softmax": 0, "focal": 1, "focal_logits": 2, "iou_aware": 3}
 _NON_FINITE = {"error": 0, "worst": 1}
@@ -88,22 +88,26 @@ def linear_sum_assignment(
         raise ValueError('algorithm="auction" does not know scipy\'s ties: use "shortest_path"')
     if count is None:
         count = cost.new_full(cost.shape[:1], cost.shape[-1], dtype=torch.int32)
+    elif count.dtype != torch.int32:
+        count = count.to(torch.int32)
     query_of_target, status = _ops.linear_sum_assignment.default(
         at_least_float32(cost),
-        count.to(torch.int32),
+        count,
         _option("algorithm", algorithm, _ALGORITHMS),
         _option("ties", ties, _TIES),
         *_non_finite(non_finite),
     )
-    if status.is_cpu and not torch.compiler.is_compiling() and status.any():
-        problem = int(status.nonzero()[0])
-        why = explain(MatchStatus(int(status[problem])))
-        raise ValueError(f"problem {problem} of {len(status)}: {why}")
-    found: Tensor = query_of_target
-    return found
+    if status.is_cpu and not torch.compiler.is_compiling():
+        statuses = status.tolist()
+        if any(statuses):
+            problem, found = next((p, s) for p, s in enumerate(statuses) if s)
+            raise ValueError(f"problem {problem} of {len(cost)}: {explain(MatchStatus(found))}")
+    result: Tensor = query_of_target
+    return result
 
 
 @with_reference(reference.hungarian_match)
+@torch.no_grad()
 def hungarian_match(
     logits: Tensor | Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],
@@ -170,7 +174,9 @@ def hungarian_match(
         *_non_finite(non_finite),
     )
     queries = tuple(layer.shape[1] for layer in layers)
-    sizes = MatchSizes(targets.count_host, queries, groups, repeat)
+    # a graph that had seen the counts would be compiled anew for each of them
+    counts = None if torch.compiler.is_compiling() else targets.count_host
+    sizes = MatchSizes(counts, queries, groups, repeat)
     match = Match(query_of_target, target_of_query, cost, status, targets.count, sizes)
     if non_finite == "error" and status.is_cpu and not torch.compiler.is_compiling():
         match.raise_for_status()

@@ -80,13 +80,14 @@ class MatchSizes(NamedTuple):
     """What the host knows of a match.
 
     Attributes:
-        counts (tuple[int, ...]): targets of each image, not repeated.
+        counts (tuple[int, ...] | None): targets of each image, not repeated; None within
+            ``torch.compile``, whose graphs serve all counts.
         queries (tuple[int, ...]): queries of each layer, all groups together.
         groups (int): groups that the queries of an image are cut into.
         repeat (int): how often each target is matched.
     """
 
-    counts: tuple[int, ...]
+    counts: tuple[int, ...] | None
     queries: tuple[int, ...]
     groups: int
     repeat: int
@@ -121,13 +122,21 @@ class Match(NamedTuple):
             ascending, and the target of each; int64 views on the device.  Repeated targets count
             through: ``r * n + t`` of an image with n targets.  A problem without a result (see
             ``status``) pairs query 0 and target 0.
+
+        Raises:
+            RuntimeError: if the match was made within ``torch.compile``.
         """
         counts, queries, groups, repeat = self.sizes
+        if counts is None:
+            raise RuntimeError(
+                "pairs() needs the numbers of targets, which a compiled graph does not know: "
+                "match outside of torch.compile, or use query_of_target"
+            )
         slots = self.query_of_target
-        images, width = slots.shape[1], slots.shape[2] // (groups * repeat)
+        images, width = slots.shape[1], max(1, slots.shape[2] // (groups * repeat))
         last = torch.iinfo(torch.int64).max
         ascending, slot = slots.masked_fill(slots < 0, last).sort(-1)
-        targets = slot % max(1, width)
+        targets = slot % width
         if repeat > 1:
             targets += slot // width % repeat * self.target_count.view(1, images, 1)
         free = ascending == last
@@ -142,10 +151,10 @@ class Match(NamedTuple):
         ]
 
     def raise_for_status(self) -> None:
-        """Read the status, which waits for the device, and raise if a problem has no result.
+        """Read the status, which waits for the device, and raise unless all of it is fine.
 
         Raises:
-            ValueError: names layer, image, group and what was found there.
+            ValueError: names layer, image, group and what was found there, replaced or not.
         """
         if not self.status.any():
             return

@@ -163,11 +163,17 @@ def hungarian_match(
     """Match all layers and images: see :func:`detr_fast.ops.hungarian_match`.
 
     Always by scipy, in float64 and in scipy's order of ties.
+
+    Raises:
+        ValueError: on the CPU, if a cost is not finite and ``non_finite`` is ``"error"``; if the
+            queries of a layer cannot be cut into the groups, or there is nothing to match by.
     """
     weights, class_cost = CostWeights(*weights), ClassCost(*class_cost)
     extras = [None] * len(logits) if extra_cost is None else list(extra_cost)
     labels, target_boxes, counts = targets.labels, targets.boxes, targets.count.tolist()
     width, queries = labels.shape[1], tuple(layer.shape[1] for layer in logits)
+    if groups < 1 or any(q % groups for q in queries):
+        raise ValueError(f"{queries} queries cannot be cut into {groups} equal groups")
     dtype = torch.promote_types(logits[0].dtype, torch.float32)
     shape = len(queries), len(counts), groups
     query_of_target = torch.full((*shape, repeat * width), -1)
@@ -197,13 +203,17 @@ def hungarian_match(
             if found and non_finite == "error":
                 continue
             problem = replace_non_finite(problem, non_finite)
-            query, slot = _solve(problem.repeat(1, repeat))
+            try:
+                query, slot = _solve(problem.repeat(1, repeat))
+            except ValueError:  # what replaces a cost may be infinite
+                status[layer, image, group] = found | MatchStatus.INFEASIBLE
+                continue
             repetition, target = slot // max(1, n), slot % max(1, n)
             query_of_target[layer, image, group, repetition * width + target] = part.start + query
             target_of_query[layer, image, part.start + query] = target
             total[layer, image, group] = problem[query, target].sum()
     device, sizes = labels.device, MatchSizes(tuple(counts), queries, groups, repeat)
-    return Match(
+    match = Match(
         query_of_target.flatten(2).to(device),
         target_of_query.to(device),
         total.to(device),
@@ -211,6 +221,9 @@ def hungarian_match(
         targets.count,
         sizes,
     )
+    if non_finite == "error" and device.type == "cpu":
+        match.raise_for_status()
+    return match
 
 
 def _solve(cost: Tensor) -> tuple[Tensor, Tensor]:

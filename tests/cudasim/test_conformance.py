@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every function that CUDA gives to kernels, against values computed in numpy."""
 
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
 
 from tests.cudasim import SCHEDULES, load_test_kernels, scheduled
+from tests.cudasim.conformance import CASES, SOURCE, WORDS
 
-SOURCE = Path(__file__).parent / "kernels/conformance.cu"
 RANK = np.arange(64)
 LANE = RANK % 32
 WARP = RANK - LANE  # the first thread of everyone's warp
-RANDOM = np.random.default_rng(0)
-WORDS = RANDOM.permutation(64).astype(np.int32)  # contains 40 and 63, so votes differ
 
 
 @pytest.fixture(
@@ -28,10 +26,9 @@ def launch(request, needs_simulator):
         yield simulator.launch
 
 
-def filled(launch, name, *inputs, rows, dtype, block=(64, 1, 1), grid=(1, 1, 1), **options):
-    """Rows of what the threads of all blocks got."""
-    out = np.empty((rows, np.prod(grid) * np.prod(block)), dtype)
-    launch(name, grid, block, *inputs, out, **options)
+def filled(launch, name):
+    """The rows of what the threads of all blocks got."""
+    (out,) = CASES[name].run(name, launch)
     return out
 
 
@@ -47,7 +44,7 @@ def ballot(predicate, mask=0xFFFFFFFF):
 
 
 def test_shuffles(launch):
-    got = filled(launch, "shuffles", WORDS, rows=8, dtype=np.int32)
+    got = filled(launch, "shuffles")
     in8, in16 = LANE % 8, LANE % 16
     sources = [
         5 + 0 * LANE,
@@ -63,8 +60,8 @@ def test_shuffles(launch):
 
 
 def test_shuffles_of_doubles(launch):
-    values = RANDOM.random(64)
-    got = filled(launch, "shuffles_of_doubles", values, rows=3, dtype=np.float64)
+    (values,) = CASES["shuffles_of_doubles"].inputs
+    got = filled(launch, "shuffles_of_doubles")
     down = values[WARP + np.where(LANE > 24, LANE, LANE + 7)]
     halves = np.where(LANE < 16, LANE ^ 8, np.where(LANE < 31, LANE + 1, LANE))
     np.testing.assert_array_equal(got[[0, 2]], [down, values[WARP + halves]])
@@ -72,7 +69,7 @@ def test_shuffles_of_doubles(launch):
 
 
 def test_votes(launch):
-    got = filled(launch, "votes", WORDS, rows=8, dtype=np.uint32)
+    got = filled(launch, "votes")
     low, high = 0x0000FFFF, 0xFFFF0000
     classes = [ballot((WORDS - rest) % 5 == 0) for rest in range(5)]
     expected = [
@@ -89,8 +86,8 @@ def test_votes(launch):
 
 
 def test_reductions(launch):
-    values = RANDOM.integers(-(2**31), 2**31, 64).astype(np.int32)
-    got = filled(launch, "reductions", values, rows=9, dtype=np.int32)
+    (values,) = CASES["reductions"].inputs
+    got = filled(launch, "reductions")
     bits = values.view(np.uint32)
     folds = [
         (values, lambda v: v.sum(dtype=np.int32)),
@@ -108,52 +105,45 @@ def test_reductions(launch):
 
 
 def test_partial_warp(launch):
-    got = filled(launch, "partial_warp", rows=1, dtype=np.uint32, block=(40, 1, 1), grid=(2, 1, 1))
+    got = filled(launch, "partial_warp")
     np.testing.assert_array_equal(got[0], np.tile(np.repeat([0xFFFFFFFF, 0xFF], [32, 8]), 2))
 
 
 def test_atomics(launch):
-    values = RANDOM.permutation(64).astype(np.int32)
-    out = np.array([5, 99, -99, -1, 0, 0, 0, 0], np.int32)
-    launch("atomics", (3, 1, 1), (8, 4, 2), values, out, updates=True)
+    (values,) = CASES["atomics"].inputs
+    out = filled(launch, "atomics")
     # an even number of exclusive ors of 0..63 is 0, as is the odd one: they cancel out
     assert out.tolist() == [5 + 3 * values.sum(), 0, 63, 0, -1, 0, 77, 7]
 
 
 def test_atomics_of_floats(launch):
-    values = RANDOM.random(64).astype(np.float32)
-    out = np.array([0.5], np.float32)
-    launch("atomics_of_floats", (2, 1, 1), (64, 1, 1), values, out, updates=True)
+    (values,) = CASES["atomics_of_floats"].inputs
+    out = filled(launch, "atomics_of_floats")
     np.testing.assert_allclose(out, 0.5 + 2 * values.sum(dtype=np.float64), rtol=1e-5)
 
 
 def test_atomics_of_long_words(launch):
-    values = RANDOM.integers(0, 2**64, 64, dtype=np.uint64)
-    out = np.array([2**64 - 1, 0], np.uint64)
-    launch("atomics_of_long_words", (2, 1, 1), (64, 1, 1), values, out, updates=True)
+    (values,) = CASES["atomics_of_long_words"].inputs
+    out = filled(launch, "atomics_of_long_words")
     assert out.tolist() == [values.min(), values.max()]
 
 
 def test_atomics_return_what_was_there(launch):
-    counter, out = np.zeros(1, np.int32), np.full(64, -1, np.int32)
-    launch("tickets", (1, 1, 1), (64, 1, 1), counter, out, updates=True)
+    counter, out = CASES["tickets"].run("tickets", launch)
     assert counter[0] == 64
-    np.testing.assert_array_equal(np.sort(out), RANK)
+    np.testing.assert_array_equal(out, RANK)  # in order: a permutation is sorted
 
 
 def test_shared_memory(launch):
-    values = RANDOM.integers(0, 2048, 64).astype(np.float32)  # exact in half precision
-    options = {"rows": 4, "dtype": np.float32, "block": (8, 4, 2), "shared_bytes": 256}
-    got = filled(launch, "shared_memory", values, **options)
+    (values,) = CASES["shared_memory"].inputs
+    got = filled(launch, "shared_memory")
     expected = [values[::-1], 2 * values[::-1], values[::-1], values[RANK ^ 31] + 1]
     np.testing.assert_array_equal(got, expected)
 
 
 def test_built_in_variables(launch):
-    block, grid = (4, 2, 2), (3, 2, 1)
-    got = filled(
-        launch, "built_in_variables", rows=10, dtype=np.int32, block=block, grid=grid
-    ).reshape(10, 6, 16)
+    block, grid = CASES["built_in_variables"].block, CASES["built_in_variables"].grid
+    got = filled(launch, "built_in_variables").reshape(10, 6, 16)
     z, y, x = (axis.ravel() for axis in np.indices(block[::-1]))
     for number, (block_z, block_y, block_x) in enumerate(np.ndindex(grid[::-1])):
         fixed = [np.full(16, v) for v in (block_x, block_y, block_z, 4, 3, 32)]
@@ -162,9 +152,8 @@ def test_built_in_variables(launch):
 
 
 def test_integer_functions(launch):
-    values = RANDOM.integers(-(2**31), 2**31, 64).astype(np.int32)
-    values[:4] = 0, 1, -1, 1 << 20
-    got = filled(launch, "integer_functions", values, rows=10, dtype=np.int32)
+    (values,) = CASES["integer_functions"].inputs
+    got = filled(launch, "integer_functions")
     words = [f"{v:032b}" for v in values.view(np.uint32).tolist()]
     expected = [
         [w.count("1") for w in words],
@@ -182,9 +171,8 @@ def test_integer_functions(launch):
 
 
 def test_float_functions(launch):
-    values = RANDOM.uniform(0.01, 3, 64).astype(np.float32)
-    values[:2] = 1, np.inf
-    got = filled(launch, "float_functions", values, rows=14, dtype=np.float32)
+    (values,) = CASES["float_functions"].inputs
+    got = filled(launch, "float_functions")
     wide, tenth = values.astype(np.float64), np.float32(0.1)
     approximate = [np.exp(wide), np.log(wide), 1.5 / wide]
     np.testing.assert_allclose(got[:3], approximate, rtol=1e-5, atol=1e-6)
@@ -203,10 +191,12 @@ def test_float_functions(launch):
 
 
 def test_narrow_floats(launch):
-    wide = torch.from_numpy(RANDOM.standard_normal((64, 6)).astype(np.float32))
-    halves, brains = wide[:, :2].half(), wide[:, 2:4].bfloat16()
-    columns = [halves.view(torch.float32), brains.view(torch.float32), wide[:, 4:]]
-    packed = torch.cat(columns, 1).contiguous().numpy()
-    got = filled(launch, "narrow_floats", packed, rows=6, dtype=np.float32)
-    rounded = [halves, brains, wide[:, 4:5].half(), wide[:, 5:].bfloat16()]
+    packed = torch.from_numpy(CASES["narrow_floats"].inputs[0].copy())
+    got = filled(launch, "narrow_floats")
+    halves, brains = packed[:, :1].view(torch.half), packed[:, 1:2].view(torch.bfloat16)
+    rounded = [halves, brains, packed[:, 2:3].half(), packed[:, 3:].bfloat16()]
     np.testing.assert_array_equal(got, torch.cat([r.float() for r in rounded], 1).T)
+
+
+def test_every_kernel_has_a_case():
+    assert {*CASES} == {*re.findall(r"CUDASIM_TEST_KERNEL\((\w+)\)", SOURCE.read_text())}

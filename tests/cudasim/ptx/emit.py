@@ -48,18 +48,23 @@ def sources(*folders: Path) -> list[Path]:
 
 @functools.cache
 def emitted(source: Path, home: Path) -> Module:
-    """The PTX that nvcc makes of a kernel file."""
+    """The PTX that nvcc makes of a kernel file, ready to be interpreted."""
+    return Module(ptx_file(source, home).read_text())
+
+
+def ptx_file(source: Path, home: Path, architecture: str = ARCHITECTURE) -> Path:
+    """The PTX that nvcc makes of a kernel file for an architecture and those after it."""
     flags = [
         "-std=c++17",
         "-O3",
         "-lineinfo",
-        f"-arch={ARCHITECTURE}",
+        f"-arch={architecture}",
         f"-I{CSRC}",
         f"-I{HERE}",
         "-ptx",
     ]
     command = [home / "bin/nvcc", *flags, source]
-    return Module(once(source.stem, ".ptx", [*sources(CSRC), source], command).read_text())
+    return once(source.stem, ".ptx", [*sources(CSRC), source], command)
 
 
 @functools.cache

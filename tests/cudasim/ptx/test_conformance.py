@@ -4,9 +4,9 @@
 import pytest
 
 from tests.cudasim import ptx
+from tests.cudasim.conformance import SOURCE
 from tests.cudasim.ptx.emit import emitted, product_kernels, toolkit
 from tests.cudasim.test_conformance import *  # noqa: F403 (they take the fixture below)
-from tests.cudasim.test_conformance import SOURCE
 
 
 @pytest.fixture
