@@ -92,7 +92,7 @@ def match_layers(
             ties="scipy",
             non_finite=non_finite,
         )
-        pairs = host_pairs(match)
+        pairs = host_pairs(match, packed.count_host)
     except ValueError as error:
         found = _diagnosis(logits, boxes, packed, weights, class_cost, keys)
         if non_finite != "error" or found is None:
@@ -108,14 +108,21 @@ def match_layers(
     return pairs
 
 
-def host_pairs(match: Match) -> list[Pairs]:
+def host_pairs(match: Match, counts: Sequence[int]) -> list[Pairs]:
     """The pairs of a match without repeated targets, as CPU tensors; one copy from the device.
+
+    Args:
+        match (Match): of L layers and B images.
+        counts (Sequence[int]): targets of each image.
+
+    Returns:
+        list[list[tuple[Tensor, Tensor]]]: as of :func:`match_layers`.
 
     Raises:
         ValueError: if a problem has no result.
     """
     found = match.target_of_query.cpu()
-    counts, queries, groups, _ = match.sizes
+    _, queries, groups, _ = match.sizes
     sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
     found, width = found.view(-1), max(1, found.size(2))
     position = (found >= 0).nonzero().view(-1)
