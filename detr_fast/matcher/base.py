@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.matcher.packing import Targets
-from detr_fast.ops.matcher import ClassCost, CostWeights, Match, hungarian_match
+from detr_fast.ops.matcher import ClassCost, CostWeights, Match, MatchStatus, hungarian_match
 from detr_fast.reference.match import NonFinite
 from detr_fast.reference.matcher import matching_cost_terms
 
@@ -78,7 +78,7 @@ def match_layers(
     if packed.labels.device != logits[0].device:
         packed = packed.to(logits[0].device)
     extra = None
-    if extra_cost is not None:
+    if extra_cost is not None and targets:
         extra = [_padded_cost(costs, packed.labels.shape[1]) for costs in extra_cost]
     try:
         match = hungarian_match(
@@ -92,22 +92,37 @@ def match_layers(
             ties="scipy",
             non_finite=non_finite,
         )
-        return host_pairs(match)
+        pairs = host_pairs(match, packed.count_host)
     except ValueError as error:
         found = _diagnosis(logits, boxes, packed, weights, class_cost, keys)
         if non_finite != "error" or found is None:
             raise
         raise ValueError(found) from error
+    if non_finite != "error" and match.status.is_cpu:
+        wrong_label = match.status & MatchStatus.LABEL
+        if wrong_label.any():  # not a cost to be replaced; on a GPU nobody waits to know
+            layer, image, _ = wrong_label.nonzero()[0].tolist()
+            labels = packed.labels[image, : packed.count_host[image]]
+            why = _wrong_label(labels, logits[layer].shape[-1], keys)
+            raise ValueError(f"image {image}: {why}")
+    return pairs
 
 
-def host_pairs(match: Match) -> list[Pairs]:
+def host_pairs(match: Match, counts: Sequence[int]) -> list[Pairs]:
     """The pairs of a match without repeated targets, as CPU tensors; one copy from the device.
+
+    Args:
+        match (Match): of L layers and B images.
+        counts (Sequence[int]): targets of each image.
+
+    Returns:
+        list[list[tuple[Tensor, Tensor]]]: as of :func:`match_layers`.
 
     Raises:
         ValueError: if a problem has no result.
     """
     found = match.target_of_query.cpu()
-    counts, queries, groups, _ = match.sizes
+    _, queries, groups, _ = match.sizes
     sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
     found, width = found.view(-1), max(1, found.size(2))
     position = (found >= 0).nonzero().view(-1)
@@ -157,6 +172,16 @@ def _diagnosis(
     return None
 
 
+def _wrong_label(labels: Tensor, columns: int, keys: Keys) -> str | None:
+    outside = labels[(labels < 0) | (labels >= columns)]
+    if outside.numel() == 0:
+        return None
+    return (
+        f"label {int(outside[0])} is outside of the {columns} columns of {keys.logits}: "
+        "num_classes shall be the largest label + 1"
+    )
+
+
 def _why_not_finite(
     logits: Tensor,
     boxes: Tensor,
@@ -167,12 +192,9 @@ def _why_not_finite(
     keys: Keys,
 ) -> str | None:
     """Explain NaN or infinity in the terms of one image."""
-    outside = (labels < 0) | (labels >= logits.shape[1])
-    if weights.cost_class and outside.any():
-        return (
-            f"label {int(labels[outside][0])} is outside of the {logits.shape[1]} columns of "
-            f"{keys.logits}: num_classes shall be the largest label + 1"
-        )
+    wrong_label = _wrong_label(labels, logits.shape[1], keys)
+    if weights.cost_class and wrong_label is not None:
+        return wrong_label
     terms = matching_cost_terms(
         logits[None], boxes[None], labels[None], target_boxes[None], weights, class_cost
     )

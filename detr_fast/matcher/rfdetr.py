@@ -21,8 +21,8 @@ class HungarianMatcher(detr.HungarianMatcher):
     Source: roboflow/rf-detr, package ``rfdetr`` 1.11.2, ``rfdetr/models/matcher.py``.  NaN and
     infinity cost more than anything finite of their problem, where the original compares with the
     whole batch.  All layers of a training step are matched by one call of the op.  Differences: as
-    of :class:`detr_fast.matcher.HungarianMatcher`; a label outside of the columns counts as not
-    finite; targets padded for XLA (``"valid"``) are refused.
+    of :class:`detr_fast.matcher.HungarianMatcher`; targets padded for XLA (``"valid"``) are
+    refused.
 
     Args:
         cost_class (float): weight of the focal class cost.

@@ -205,6 +205,15 @@ def test_names_what_is_not_finite(name):
         ALL[name][0](outputs, targets)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_names_a_label_outside_of_the_columns(name):
+    """Also where costs that are not finite are replaced: it is no cost."""
+    outputs, targets = random_batch([2, 3], 20, 9)
+    targets[1]["labels"][2] = 10
+    with pytest.raises(ValueError, match="image 1: label 10 is outside of the 10 columns of pred"):
+        ALL[name][0](outputs, targets)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ALL)
 def test_equals_published_on_a_gpu(name):
