@@ -8,9 +8,12 @@ import torch
 from torch.testing import assert_close
 
 import detr_fast
+from detr_fast.ops import linear_sum_assignment
 from tests.cudasim.ptx import Memory
 from tests.cudasim.ptx.emit import product_kernels, toolkit
 from tests.cudasim.ptx.interpreted import interpreted
+from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled
+from tests.ops.assignment_problems import problems
 
 # nvcc contracts products and sums; sums are added in another order
 TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
@@ -68,8 +71,37 @@ def test_emitted_kernel_equals_the_cpu_op(home, case, dtype):
     assert_close(ours, values_and_gradients(case, dtype), **TOLERANCE[dtype])
 
 
+# options of linear_sum_assignment, the most shared memory: none needs a workspace, or all do
+ASSIGNMENTS = [
+    (options, most)
+    for options in ((), (("ties", "scipy"),), (("algorithm", "auction"),))
+    for most in (MAX_SHARED_BYTES, 200)
+]
+
+
+@functools.cache
+def assign_on_ptx(options, most, dtype, home):
+    """Ties and an augmentation; an odd count; costs that are not finite."""
+    cost, count = problems("integers", 3, 9, 5, dtype=dtype), torch.tensor([5, 3, 4])
+    cost[2, 3, 1] = torch.nan
+    arguments = {"cost": cost, "count": count, "non_finite": "worst", **dict(options)}
+    with scheduled(max_shared_bytes=most), interpreted(home) as interpreter:
+        found = linear_sum_assignment(**arguments)
+    return found, linear_sum_assignment(**arguments), interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("options", "most"), ASSIGNMENTS)
+def test_emitted_assignment_equals_the_cpu_op(home, options, most, dtype):
+    found, expected, launched = assign_on_ptx(options, most, dtype, home)
+    assert launched
+    assert_close(found, expected)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
+    for dtype in (torch.float32, torch.float64):
+        launched |= set().union(*(assign_on_ptx(*case, dtype, home)[2] for case in ASSIGNMENTS))
     assert launched == set(product_kernels(home))
 
 
