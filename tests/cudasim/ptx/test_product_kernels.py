@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 
 import detr_fast
-from detr_fast.ops import linear_sum_assignment
+from detr_fast.ops import hungarian_match, linear_sum_assignment
 from tests.cudasim.ptx import Memory
 from tests.cudasim.ptx.emit import product_kernels, toolkit
 from tests.cudasim.ptx.interpreted import interpreted
 from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled
 from tests.ops.assignment_problems import problems
+from tests.ops.match_cases import CLASS_COSTS, DETR, assert_same_match, random_case
 
 # nvcc contracts products and sums; sums are added in another order
 TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
@@ -98,10 +99,40 @@ def test_emitted_assignment_equals_the_cpu_op(home, options, most, dtype):
     assert_close(found, expected)
 
 
+# class cost, ties, the most shared memory; the interpreter has no pow, which the others call
+MATCHES = [
+    (class_cost, ties, most)
+    for class_cost in ("softmax", "focal", "focal_logits")
+    for ties in ("any", "scipy")
+    for most in (MAX_SHARED_BYTES, 200)
+]
+
+
+@functools.cache
+def match_on_ptx(class_cost, ties, most, dtype, home):
+    """More queries than targets and fewer, a cost that is not finite, an image without targets."""
+    logits, boxes, targets = random_case([3, 0, 7], 10, layers=1, columns=5)
+    boxes[0, 0, 3, 2] = torch.nan
+    case = logits.to(dtype), boxes.bfloat16(), targets, DETR, CLASS_COSTS[class_cost]
+    options = {"groups": 2, "ties": ties, "non_finite": "worst"}
+    with scheduled(max_shared_bytes=most), interpreted(home) as interpreter:
+        found = hungarian_match(*case, **options)
+    return found, hungarian_match(*case, **options), interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("class_cost", "ties", "most"), MATCHES)
+def test_emitted_match_equals_the_cpu_op(home, class_cost, ties, most, dtype):
+    found, expected, launched = match_on_ptx(class_cost, ties, most, dtype, home)
+    assert launched
+    assert_same_match(found, expected)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
     for dtype in (torch.float32, torch.float64):
         launched |= set().union(*(assign_on_ptx(*case, dtype, home)[2] for case in ASSIGNMENTS))
+        launched |= set().union(*(match_on_ptx(*case, dtype, home)[2] for case in MATCHES))
     assert launched == set(product_kernels(home))
 
 
