@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
 #include <tuple>
 #include <vector>
 
@@ -14,6 +13,7 @@
 #include "matcher/assignment_checks.h"
 #include "matcher/auction.h"
 #include "matcher/non_finite.h"
+#include "matcher/solve_rows.h"
 
 namespace detr_fast {
 namespace {
@@ -46,35 +46,11 @@ DETR_FAST_MULTIVERSION int lay_out(CostView<scalar_t> view, AssignmentShape shap
   return bits;
 }
 
-template <Ties kTies, typename scalar_t>
-DETR_FAST_MULTIVERSION bool solve(CostRows<scalar_t> costs, AssignmentState state) {
-  const OneLane lane;
-  clear_state(state, 0, 1);
-  if constexpr (kTies == Ties::kAny) find_row_minima(lane, costs, state, 0, 1);
-  return shortest_paths<kTies>(lane, costs, state);
-}
-
 template <typename scalar_t>
 DETR_FAST_MULTIVERSION bool solve_by_auction(CostRows<scalar_t> costs, AssignmentState state) {
   clear_state(state, 0, 1);
   return assign_by_auction(OneLane(), costs, state);
 }
-
-// The memory of one thread, for the largest problem that it meets.
-class Scratch {
- public:
-  void* at_least(size_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset(new double[(bytes + sizeof(double) - 1) / sizeof(double)]);  // not set to 0
-      bytes_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  std::unique_ptr<double[]> memory_;
-  size_t bytes_ = 0;
-};
 
 // Solves one problem of `targets` targets; writes the query of each; returns its status.
 template <Algorithm kAlgorithm, Ties kTies, typename scalar_t>
@@ -83,17 +59,17 @@ int assign(CostView<scalar_t> view, int queries, int targets, NonFinite non_fini
   std::fill_n(query_of_target, targets, kFree);
   const AssignmentShape shape = assignment_shape(queries, targets);
   const size_t bytes = state_bytes<kTies>(shape.rows, shape.columns);
-  auto* memory = static_cast<char*>(
-      scratch.at_least(bytes + sizeof(scalar_t) * size_t(shape.rows) * shape.columns));
-  const CostRows<scalar_t> costs = {reinterpret_cast<scalar_t*>(memory + bytes), shape.columns,
-                                    shape.rows};
+  const size_t count = size_t(shape.rows) * shape.columns;
+  scratch.reset(bytes + count * sizeof(scalar_t), 2);
+  const AssignmentState state =
+      place_state<kTies>(scratch.take<char>(bytes), shape.rows, shape.columns);
+  const CostRows<scalar_t> costs = {scratch.take<scalar_t>(count), shape.columns, shape.rows};
   const int bits = lay_out(view, shape, costs);
   if (non_finite.policy == NonFinitePolicy::kError) {
     if (bits & kInvalid) return kExtraCost;
   } else if (bits != 0) {
     replace_non_finite(OneLane(), costs, shape.rows, shape.columns, non_finite);
   }
-  const AssignmentState state = place_state<kTies>(memory, shape.rows, shape.columns);
   bool solved;
   if constexpr (kAlgorithm == Algorithm::kAuction) {
     solved = solve_by_auction(costs, state);
