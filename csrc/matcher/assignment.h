@@ -232,7 +232,7 @@ struct OneLane {
       const double now = shorter ? over_row : known;
       length[j] = now;
       // a choice would become a masked store behind a branch
-      path[j] ^= (path[j] ^ row) & -int(shorter);
+      path[j] = kFirst ? row : path[j] ^ ((path[j] ^ row) & -int(shorter));
       least = now < least ? now : least;
     }
     return least;
