@@ -71,11 +71,11 @@ struct AssignmentState {
   int* position;           // (columns) Ties::kScipy: where a column stands in it
 };
 
-// Lengths are searched in pieces of this many.
-constexpr int kPiece = 16;
+// Lengths are padded with infinity, so that a warp reads four of each lane at a time.
+constexpr int kPadding = 128;
 
 DETR_FAST_HOST_DEVICE int padded_columns(int columns) {
-  return (columns + kPiece - 1) / kPiece * kPiece;
+  return (columns + kPadding - 1) / kPadding * kPadding;
 }
 
 // Bytes of a state, a multiple of 16.
@@ -115,7 +115,6 @@ DETR_FAST_HOST_DEVICE void clear_state(const AssignmentState& state, int lane, i
     state.column_dual[j] = 0;
     state.row_of_column[j] = kFree;
   }
-  // beyond the columns no length is ever the least
   for (int j = state.columns + lane; j < padded_columns(state.columns); j += lanes) {
     state.length[j] = kInfinity;
   }
@@ -187,6 +186,7 @@ struct OneLane {
 
   template <typename scalar_t>
   DETR_FAST_HOST_DEVICE RowMinimum<scalar_t> row_minimum(const scalar_t* row, int columns) const {
+    constexpr int kPiece = 16;  // as many running minima fill the widest vectors
     scalar_t least = scalar_t(kInfinity);
     scalar_t leasts[kPiece];
     for (int k = 0; k < kPiece; ++k) leasts[k] = least;
@@ -231,7 +231,7 @@ struct OneLane {
       const double now = shorter ? over_row : known;
       length[j] = now;
       // a choice would become a masked store behind a branch
-      path[j] ^= (path[j] ^ row) & -int(shorter);
+      path[j] = kFirst ? row : path[j] ^ ((path[j] ^ row) & -int(shorter));
       least = now < least ? now : least;
     }
     return least;

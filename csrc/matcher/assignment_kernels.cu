@@ -15,6 +15,8 @@ namespace {
 constexpr unsigned kFewestThreads = 64, kMostThreads = 512;
 // Costs that a thread shall fetch at least: a load from memory takes as long as 16 from the cache.
 constexpr unsigned kCostsPerThread = 16;
+// Of these a thread waits for so many at a time.
+constexpr unsigned kTogether = 4;
 constexpr size_t kDefaultShared = 48 << 10;  // without DETR_FAST_ALLOW_SHARED
 
 // Odd, so that neither rows nor columns fall into one bank.
@@ -56,12 +58,22 @@ __device__ int fetch(CostView<scalar_t> view, AssignmentShape shape, CostRows<sc
   const unsigned inner = unsigned(along_columns ? shape.columns : shape.rows);
   const unsigned total = unsigned(shape.rows) * unsigned(shape.columns);
   int bits = 0;
-  for (unsigned e = threadIdx.x; e < total; e += blockDim.x) {
-    const unsigned i = along_columns ? e / inner : e % inner;
-    const unsigned j = along_columns ? e % inner : e / inner;
-    const scalar_t cost = view.data[i * row_step + j * column_step];
-    bits |= non_finite_bits(cost);
-    costs.data[size_t(i) * costs.stride + j] = cost;
+  for (unsigned first = threadIdx.x; first < total; first += kTogether * blockDim.x) {
+    scalar_t cost[kTogether];
+    size_t place[kTogether];
+#pragma unroll
+    for (unsigned k = 0; k < kTogether; ++k) {
+      const unsigned e = first + k * blockDim.x;
+      const unsigned i = along_columns ? e / inner : e % inner;
+      const unsigned j = along_columns ? e % inner : e / inner;
+      place[k] = size_t(i) * costs.stride + j;
+      cost[k] = e < total ? view.data[i * row_step + j * column_step] : scalar_t(0);
+    }
+#pragma unroll
+    for (unsigned k = 0; k < kTogether; ++k) {
+      bits |= non_finite_bits(cost[k]);
+      if (first + k * blockDim.x < total) costs.data[place[k]] = cost[k];
+    }
   }
   return bits;
 }

@@ -76,33 +76,72 @@ struct WarpLanes {
   template <Ties kTies, typename scalar_t>
   __device__ __forceinline__ Nearest advance(const scalar_t* cost, const AssignmentState& state,
                                              Front front) const {
-    double own = kInfinity;
-    int column = kFree;
-    bool again = false;  // whether a second column of this lane has the length `own`
-    for (int j = lane(); j < state.columns; j += kLanes) {
-      const double over_row = path_length<kTies>(front, double(cost[j]), state.column_dual[j]);
-      double length = front.first ? kInfinity : state.length[j];
-      const bool shorter = over_row < length;
-      if (shorter) {
-        length = over_row;
-        state.path[j] = front.row;
-      }
-      if (shorter || front.first) state.length[j] = length;
-      again = length == own || (again && !(length < own));
-      if (length < own) {
-        own = length;
-        column = j;
-      }
+    if (front.first) {
+      for (int j = lane(); j < state.columns; j += kLanes) state.length[j] = kInfinity;
     }
-    const double nearest = least(own);
+    Own own[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) own[k] = {kInfinity, kFree, 0};
+    int j = lane();
+    const int last = state.columns - 1, step = kTogether * kLanes;
+    for (int end = state.columns / step * step; j < end; j += step) {
+      look<kTies, false>(cost, state, front, j, last, own);
+    }
+    if (last % step != step - 1) look<kTies, true>(cost, state, front, j, last, own);
+#pragma unroll
+    for (int k = 1; k < kTogether; ++k) own[0] = nearer_of(own[0], own[k]);
+    const double nearest = least(own[0].length);
     unsigned rank = kNoRank;
-    if (own == nearest && column != kFree) {
-      rank = rank_of<kTies>(state, column);
-      for (int j = column + kLanes; again && j < state.columns; j += kLanes) {
+    if (own[0].length == nearest && own[0].column != kFree) {
+      rank = rank_of<kTies>(state, own[0].column);
+      for (j = lane(); own[0].again && j <= last; j += kLanes) {
         if (state.length[j] == nearest) rank = min(rank, rank_of<kTies>(state, j));
       }
     }
     return {nearest, least(rank)};
+  }
+
+ private:
+  // Columns of a lane that are read before the first of them is written: a load from shared memory
+  // must not be moved over a store, and each column would wait for the one before. They are also
+  // compared in as many chains, as one comparison in float64 waits for the other.
+  static constexpr int kTogether = kPadding / kLanes;
+
+  // The nearest of some columns of a lane, and whether another of them is as near.
+  struct Own {
+    double length;
+    int column, again;
+  };
+
+  static __device__ __forceinline__ Own nearer_of(Own a, Own b) {
+    const bool nearer = b.length < a.length, equal = b.length == a.length;
+    return {nearer ? b.length : a.length, nearer ? b.column : a.column,
+            nearer ? b.again : a.again | int(equal)};
+  }
+
+  // Looks at the columns j, j + 32, ...; kGuarded: those beyond the last one are left out.
+  template <Ties kTies, bool kGuarded, typename scalar_t>
+  static __device__ __forceinline__ void look(const scalar_t* cost, const AssignmentState& state,
+                                              Front front, int j, int last, Own (&own)[kTogether]) {
+    double over_row[kTogether], length[kTogether];
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int column = j + k * kLanes;
+      const int inside = kGuarded ? min(column, last) : column;
+      over_row[k] = path_length<kTies>(front, double(cost[inside]), state.column_dual[inside]);
+      length[k] = state.length[column];
+      if (kGuarded && column > last) over_row[k] = kInfinity;
+    }
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k) {
+      const int column = j + k * kLanes;
+      if (over_row[k] < length[k]) {
+        length[k] = over_row[k];
+        state.length[column] = over_row[k];
+        state.path[column] = front.row;
+      }
+      own[k] = nearer_of(own[k], {length[k], column, 0});
+    }
   }
 };
 

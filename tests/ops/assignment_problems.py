@@ -21,6 +21,13 @@ def repeated(cost, _):
     return cost[..., torch.arange(targets) % max(1, (targets + 2) // 3)]
 
 
+def forbidden(cost, generator):
+    """A third of the pairs; those on the diagonal stay, so that there is an assignment."""
+    mask = torch.rand(cost.shape, generator=generator) < 1 / 3
+    mask.diagonal(0, 1, 2).fill_(False)
+    return cost.masked_fill(mask, torch.inf)
+
+
 KINDS = {
     "random": lambda cost, _: cost,
     "integers": lambda cost, _: (2 * cost).round(),
@@ -33,9 +40,7 @@ KINDS = {
     "large": lambda cost, _: 1e6 * cost,
     "mixed": scale,
     "huge": lambda cost, _: 3e38 * cost.clamp(-1, 1),
-    "forbidden": lambda cost, g: cost.masked_fill(
-        torch.rand(cost.shape, generator=g) < 0.1, torch.inf
-    ),
+    "forbidden": forbidden,
 }
 
 
