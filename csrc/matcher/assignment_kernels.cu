@@ -17,7 +17,6 @@ constexpr unsigned kFewestThreads = 64, kMostThreads = 512;
 constexpr unsigned kCostsPerThread = 16;
 // Of these a thread waits for so many at a time.
 constexpr unsigned kTogether = 4;
-constexpr size_t kDefaultShared = 48 << 10;  // without DETR_FAST_ALLOW_SHARED
 
 // Odd, so that neither rows nor columns fall into one bank.
 __host__ __device__ int row_stride(int columns) { return columns | 1; }
@@ -135,10 +134,8 @@ void launch(const AssignmentCall<scalar_t>& call, void* stream) {
   unsigned threads = kFewestThreads;
   while (threads < kMostThreads && threads < wanted) threads *= 2;
   const size_t bytes = call.memory.shared_bytes;
-  if (bytes > kDefaultShared) {
-    DETR_FAST_ALLOW_SHARED((linear_sum_assignment_kernel<kAlgorithm, kTies, kShared, scalar_t>),
-                           bytes);
-  }
+  DETR_FAST_ALLOW_SHARED((linear_sum_assignment_kernel<kAlgorithm, kTies, kShared, scalar_t>),
+                         bytes);
   DETR_FAST_LAUNCH((linear_sum_assignment_kernel<kAlgorithm, kTies, kShared, scalar_t>),
                    unsigned(call.problems), threads, bytes, stream, call);
 }

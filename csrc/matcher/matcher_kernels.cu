@@ -16,7 +16,6 @@ constexpr int kFewestThreads = 128;
 template <typename scalar_t>
 constexpr int kMostThreads = sizeof(scalar_t) == sizeof(float) ? 512 : 256;
 
-constexpr size_t kDefaultShared = 48 << 10;  // without DETR_FAST_ALLOW_SHARED
 // Lanes that share a query's logits: 8 floats are the 32 bytes that memory hands out at once.
 constexpr int kQueryLanes = 8;
 
@@ -393,9 +392,7 @@ int threads_for(int queries, int most) {
 template <Ties kTies, bool kShared, typename scalar_t>
 void launch(const MatchArguments<scalar_t>& arguments, int problems, int threads, void* stream) {
   const size_t bytes = arguments.shared_bytes;
-  if (bytes > kDefaultShared) {
-    DETR_FAST_ALLOW_SHARED((hungarian_match_kernel<kTies, kShared, scalar_t>), bytes);
-  }
+  DETR_FAST_ALLOW_SHARED((hungarian_match_kernel<kTies, kShared, scalar_t>), bytes);
   DETR_FAST_LAUNCH((hungarian_match_kernel<kTies, kShared, scalar_t>), problems, threads, bytes,
                    stream, arguments);
 }
