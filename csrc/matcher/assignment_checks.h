@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "common/checks.h"
@@ -12,7 +13,8 @@
 
 namespace detr_fast {
 
-// linear_sum_assignment(cost (P, Q, T), count (P,), algorithm, scipy_ties, non_finite, replacement)
+// linear_sum_assignment(cost (P, Q, T), count (P,)?, algorithm, scipy_ties, non_finite,
+// replacement)
 //     -> query_of_target (P, T) int64, -1 = free; status (P,) int32, bits of MatchStatus
 //   Costs are float or double, in any layout. Columns from count[p] on are padding; a count below 0
 //   is read as 0, one above T as T. +inf forbids a pair. A problem whose status is not 0 has no
@@ -43,16 +45,18 @@ inline int check_count_of(int64_t size, const char* what) {
   return static_cast<int>(size);
 }
 
-inline AssignmentProblems check_assignment(const Tensor& cost, const Tensor& count,
+inline AssignmentProblems check_assignment(const Tensor& cost, const std::optional<Tensor>& count,
                                            int64_t algorithm, bool scipy_ties, int64_t non_finite,
                                            const std::vector<double>& replacement) {
   check_shape(cost, "cost", {kAnySize, kAnySize, kAnySize});
   check_floating(cost, "cost");
-  check_shape(count, "count", {cost.size(0)});
-  STD_TORCH_CHECK(count.scalar_type() == torch::headeronly::ScalarType::Int,
-                  "count: expected dtype Int, got ", count.scalar_type());
-  STD_TORCH_CHECK(count.device() == cost.device(), "count: expected the device of cost, ",
-                  device_string(cost), ", got ", device_string(count));
+  if (count) {
+    check_shape(*count, "count", {cost.size(0)});
+    STD_TORCH_CHECK(count->scalar_type() == torch::headeronly::ScalarType::Int,
+                    "count: expected dtype Int, got ", count->scalar_type());
+    STD_TORCH_CHECK(count->device() == cost.device(), "count: expected the device of cost, ",
+                    device_string(cost), ", got ", device_string(*count));
+  }
   STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "algorithm: expected 0 to 2, got ", algorithm);
   STD_TORCH_CHECK(!scipy_ties || algorithm != int(Algorithm::kAuction),
                   "algorithm: the auction does not know scipy's ties");

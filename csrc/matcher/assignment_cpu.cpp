@@ -82,9 +82,9 @@ int assign(CostView<scalar_t> view, int queries, int targets, NonFinite non_fini
   return 0;
 }
 
-std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const Tensor& count,
-                                                     int64_t algorithm, bool scipy_ties,
-                                                     int64_t non_finite,
+std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost,
+                                                     std::optional<Tensor> count, int64_t algorithm,
+                                                     bool scipy_ties, int64_t non_finite,
                                                      std::vector<double> replacement) {
   using torch::headeronly::ScalarType;
   const AssignmentProblems problems =
@@ -95,8 +95,8 @@ std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const T
   const Tensor status = torch::stable::new_empty(cost, {problems.problems}, ScalarType::Int);
   auto* found = query_of_target.mutable_data_ptr<int64_t>();
   auto* statuses = status.mutable_data_ptr<int>();
-  const int* counts = count.const_data_ptr<int>();
-  const int64_t count_step = count.stride(0);
+  const int* counts = count ? count->const_data_ptr<int>() : nullptr;
+  const int64_t count_step = count ? count->stride(0) : 0;
   dispatch_floating(cost, [&](auto zero) {
     using scalar_t = decltype(zero);
     const CostView<scalar_t> view = cost_view(cost, cost.const_data_ptr<scalar_t>());
@@ -107,7 +107,7 @@ std::tuple<Tensor, Tensor> linear_sum_assignment_cpu(const Tensor& cost, const T
     const auto run = [&](int64_t begin, int64_t end) {
       Scratch scratch;
       for (int64_t p = begin; p < end; ++p) {
-        const int targets = std::clamp(counts[p * count_step], 0, width);
+        const int targets = counts ? std::clamp(counts[p * count_step], 0, width) : width;
         CostView<scalar_t> problem = view;
         problem.data += p * view.problem_step;
         int64_t* row = found + p * width;

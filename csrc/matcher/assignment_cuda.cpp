@@ -15,7 +15,8 @@
 namespace detr_fast {
 namespace {
 
-std::tuple<Tensor, Tensor> linear_sum_assignment_cuda(const Tensor& cost, const Tensor& count,
+std::tuple<Tensor, Tensor> linear_sum_assignment_cuda(const Tensor& cost,
+                                                      std::optional<Tensor> count,
                                                       int64_t algorithm, bool scipy_ties,
                                                       int64_t non_finite,
                                                       std::vector<double> replacement) {
@@ -37,8 +38,8 @@ std::tuple<Tensor, Tensor> linear_sum_assignment_cuda(const Tensor& cost, const 
     const Tensor workspace = torch::stable::new_empty(
         cost, {problems.problems, int64_t(memory.workspace_bytes)}, ScalarType::Byte);
     const AssignmentCall<scalar_t> call = {cost_view(cost, device.read<scalar_t>(cost)),
-                                           device.read<int>(count),
-                                           count.stride(0),
+                                           count ? device.read<int>(*count) : nullptr,
+                                           count ? count->stride(0) : 0,
                                            problems.problems,
                                            queries,
                                            targets,

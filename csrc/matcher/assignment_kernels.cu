@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     linear_sum_assignment_kernel(AssignmentCall<scalar_t> call) {
   DETR_FAST_DYNAMIC_SHARED(unsigned char, shared);
   const size_t problem = blockIdx.x;
-  const int targets = max(0, min(call.count[problem * call.count_step], call.targets));
+  const int count = call.count == nullptr ? call.targets : call.count[problem * call.count_step];
+  const int targets = max(0, min(count, call.targets));
   const AssignmentShape shape = assignment_shape(call.queries, targets);
   const Placed<kTies, kShared, scalar_t> placed(
       shape, shared, call.memory.shared_bytes,

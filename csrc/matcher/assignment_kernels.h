@@ -20,7 +20,7 @@ AssignmentMemory assignment_memory(Ties ties, int queries, int targets);
 template <typename scalar_t>
 struct AssignmentCall {
   CostView<scalar_t> cost;  // (problems, queries, targets), below 2^31 costs in a problem
-  const int* count;         // (problems)
+  const int* count;         // (problems); nullptr: no target is padding
   int64_t count_step;
   int problems, queries, targets;
   NonFinite non_finite;

@@ -86,9 +86,7 @@ def linear_sum_assignment(
     """
     if algorithm == "auction" and ties == "scipy":
         raise ValueError('algorithm="auction" does not know scipy\'s ties: use "shortest_path"')
-    if count is None:
-        count = cost.new_full(cost.shape[:1], cost.shape[-1], dtype=torch.int32)
-    elif count.dtype != torch.int32:
+    if count is not None and count.dtype != torch.int32:
         count = count.to(torch.int32)
     query_of_target, status = _ops.linear_sum_assignment.default(
         at_least_float32(cost),
@@ -199,7 +197,7 @@ def _non_finite(policy: NonFinite) -> tuple[int, tuple[float, ...]]:
 @torch.library.register_fake("detr_fast::linear_sum_assignment")
 def _linear_sum_assignment_fake(
     cost: Tensor,
-    count: Tensor,
+    count: Tensor | None,
     algorithm: int,
     scipy_ties: bool,
     non_finite: int,

@@ -26,6 +26,7 @@ def test_passes_opcheck(machine, options):
     count = torch.tensor([4, 2], dtype=torch.int32, device=machine)
     op = torch.ops.detr_fast.linear_sum_assignment.default
     torch.library.opcheck(op, (cost, count, *options))
+    torch.library.opcheck(op, (cost, None, *options))
     torch.library.opcheck(op, (cost.double()[:0], count[:0], *options))
 
 
