@@ -54,8 +54,7 @@ inline AssignmentProblems check_assignment(const Tensor& cost, const std::option
     check_shape(*count, "count", {cost.size(0)});
     STD_TORCH_CHECK(count->scalar_type() == torch::headeronly::ScalarType::Int,
                     "count: expected dtype Int, got ", count->scalar_type());
-    STD_TORCH_CHECK(count->device() == cost.device(), "count: expected the device of cost, ",
-                    device_string(cost), ", got ", device_string(*count));
+    check_device(*count, "count", cost, "cost");
   }
   STD_TORCH_CHECK(algorithm >= 0 && algorithm <= 2, "algorithm: expected 0 to 2, got ", algorithm);
   STD_TORCH_CHECK(!scipy_ties || algorithm != int(Algorithm::kAuction),

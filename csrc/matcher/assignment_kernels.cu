@@ -18,13 +18,9 @@ constexpr unsigned kCostsPerThread = 16;
 // Of these a thread waits for so many at a time.
 constexpr unsigned kTogether = 4;
 
-// Odd, so that neither rows nor columns fall into one bank.
-__host__ __device__ int row_stride(int columns) { return columns | 1; }
-
 template <typename scalar_t>
 __host__ __device__ size_t cost_bytes(AssignmentShape shape) {
-  const size_t bytes = sizeof(scalar_t) * size_t(shape.rows) * row_stride(shape.columns);
-  return (bytes + 15) / 16 * 16;
+  return round_up_16(sizeof(scalar_t) * size_t(shape.rows) * row_stride(shape.columns));
 }
 
 // State and costs of a block, of which either may lie in the workspace.

@@ -60,14 +60,10 @@ struct CostMatrix {
   }
 };
 
-__host__ __device__ __forceinline__ size_t round_up_16(size_t bytes) {
-  return (bytes + 15) / 16 * 16;
-}
-
 template <typename scalar_t>
 __host__ __device__ __forceinline__ size_t cost_bytes(AssignmentShape shape, int targets) {
   const int rows = shape.targets_are_rows ? targets : shape.rows;
-  return round_up_16(size_t(rows) * (shape.columns | 1) * sizeof(scalar_t));
+  return round_up_16(size_t(rows) * row_stride(shape.columns) * sizeof(scalar_t));
 }
 
 // What a block knows of its problem.
@@ -272,7 +268,7 @@ __device__ int solve(const MatchArguments<scalar_t>& arguments, const Problem<sc
   const WarpLanes lanes;
   const int warp = threadIdx.x / kWarpSize, warps = blockDim.x / kWarpSize;
   const AssignmentShape shape = problem.shape;
-  const CostRows<scalar_t> rows = {problem.costs.data, shape.columns | 1,
+  const CostRows<scalar_t> rows = {problem.costs.data, row_stride(shape.columns),
                                    shape.targets_are_rows ? problem.count : shape.rows};
   if (status != 0) {
     if (arguments.non_finite.policy == NonFinitePolicy::kError) return status;
@@ -359,7 +355,7 @@ __global__ void __launch_bounds__(kMostThreads<scalar_t>, 1)
       take(state_bytes<kTies>(shape.rows, shape.columns)), shape.rows, shape.columns);
   problem.costs.data =
       reinterpret_cast<scalar_t*>(take(cost_bytes<scalar_t>(shape, problem.count)));
-  const int row_step = shape.columns | 1;
+  const int row_step = row_stride(shape.columns);
   problem.costs.query_step = shape.targets_are_rows ? 1 : row_step;
   problem.costs.target_step = shape.targets_are_rows ? row_step : 1;
 

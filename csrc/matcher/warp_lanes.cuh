@@ -33,6 +33,14 @@ __device__ __forceinline__ double from_ordered(unsigned long long key) {
                                        : ~bits);
 }
 
+// The distance of two rows of costs in a kernel's memory: odd, so that neither rows nor columns
+// fall into one bank of the shared memory.
+__host__ __device__ __forceinline__ int row_stride(int columns) { return columns | 1; }
+
+__host__ __device__ __forceinline__ size_t round_up_16(size_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
+
 struct WarpLanes {
   static constexpr int kLanes = kWarpSize;
 

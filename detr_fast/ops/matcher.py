@@ -73,11 +73,14 @@ def linear_sum_assignment(
             ``ties="scipy"``; or ``"auto"``: the exact one that is faster at this size, which has
             been the shortest path at all that were measured.
         non_finite (str | tuple[float, float, float]): ``"error"``; ``"worst"``: NaN and infinity
-            cost more than anything finite; or what replaces NaN, ``+inf`` and ``-inf``.
+            cost more than anything finite; or what replaces NaN, ``+inf`` and ``-inf``.  Numbers
+            such as 3e38 take the digits of all other costs where a problem cannot do without such
+            pairs, as they do in scipy.
 
     Returns:
         Tensor[P, T]: int64, the query of each target; -1 where a target stays free (padding, more
-        targets than queries, or a problem without a result on a device other than the CPU).
+        targets than queries, or a problem without a result where nobody has read its status: on a
+        GPU and within ``torch.compile``).
 
     Raises:
         ValueError: on the CPU, if a problem holds NaN or ``-inf`` or has no finite assignment
@@ -155,6 +158,8 @@ def hungarian_match(
     layers = logits.unbind() if isinstance(logits, Tensor) else list(logits)
     layer_boxes = boxes.unbind() if isinstance(boxes, Tensor) else list(boxes)
     extra = extra_cost.unbind() if isinstance(extra_cost, Tensor) else list(extra_cost or ())
+    if isinstance(class_cost, str):
+        raise ValueError(f"class_cost: expected ClassCost({class_cost!r}), got {class_cost!r}")
     kind, *options = class_cost
     query_of_target, target_of_query, cost, status = _ops.hungarian_match.default(
         layers,

@@ -42,7 +42,7 @@ def linear_sum_assignment(
     """
     query_of_target = torch.full((cost.shape[0], cost.shape[2]), -1)
     host_cost = at_least_float32(cost).detach().cpu()
-    counts = [cost.shape[2]] * len(cost) if count is None else count.tolist()
+    counts = [cost.shape[2]] * len(cost) if count is None else _counts(count, cost.shape[2])
     for p, n in enumerate(counts):
         problem = replace_non_finite(host_cost[p, :, :n], non_finite)
         try:
@@ -170,7 +170,8 @@ def hungarian_match(
     """
     weights, class_cost = CostWeights(*weights), ClassCost(*class_cost)
     extras = [None] * len(logits) if extra_cost is None else list(extra_cost)
-    labels, target_boxes, counts = targets.labels, targets.boxes, targets.count.tolist()
+    labels, target_boxes = targets.labels, targets.boxes
+    counts = _counts(targets.count, labels.shape[1])
     width, queries = labels.shape[1], tuple(layer.shape[1] for layer in logits)
     if groups < 1 or any(q % groups for q in queries):
         raise ValueError(f"{queries} queries cannot be cut into {groups} equal groups")
@@ -239,6 +240,11 @@ def _solve(cost: Tensor) -> tuple[Tensor, Tensor]:
         raise ImportError('matching needs scipy: pip install "detr-fast[train]"') from error
     queries, targets = solve(cost.double().numpy())
     return torch.from_numpy(queries), torch.from_numpy(targets)
+
+
+def _counts(count: Tensor, most: int) -> list[int]:
+    """Counts as the ops read them: below 0 as 0, above T as T."""
+    return [min(max(n, 0), most) for n in count.tolist()]
 
 
 def replace_non_finite(cost: Tensor, non_finite: NonFinite) -> Tensor:

@@ -3,7 +3,8 @@
 
 Draws shapes, dtypes, strides, counts, options and non-finite values, runs the CUDA kernels on the
 simulator, under its checker and in random schedules, and compares with the reference twins: status
-or error, a valid assignment, its cost (scipy's very indices with ``ties="scipy"``).  A failure
+or error, a valid assignment, its cost, and of ``linear_sum_assignment`` with ``ties="scipy"`` the
+very indices.  A failure
 prints the seed that repeats it: ``--seed N --cases 1``.  Exits with 1 if a case failed.
 """
 
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.testing import assert_close
 from detr_fast import ops, reference
 from detr_fast.data import Targets
 from detr_fast.reference.boxes import at_least_float32
-from detr_fast.reference.matcher import replace_non_finite
+from detr_fast.reference.matcher import matching_cost, matching_cost_terms, replace_non_finite
 from tests.cudasim import simulated
 
 DTYPES = [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -157,11 +159,45 @@ def match(draw: Draw) -> str:
     if found is None:
         return "match refused"
     assert_close(found.status, expected.status, rtol=0, atol=0)
-    scale = expected.cost.abs().max().item() + 1
-    assert_close(found.cost, expected.cost, rtol=1e-5, atol=1e-5 * scale, equal_nan=True)
+    check_indices(found, width)
     assert (found.query_of_target >= 0).sum() == (expected.query_of_target >= 0).sum()
-    assert (found.target_of_query >= 0).sum() == (expected.target_of_query >= 0).sum()
+    for layer, (x, b, e) in enumerate(zip(logits, boxes, extra, strict=True)):
+        terms = matching_cost_terms(x, b, targets.labels, targets.boxes, weights, class_cost)
+        cost = matching_cost(terms, weights, e.to(found.cost.dtype) if with_extra else None)
+        check_costs(cost, layer, found, expected, options["non_finite"])
     return f"match {kind}, ties {ties}"
+
+
+def check_indices(match: ops.Match, width: int) -> None:
+    """Each target has queries of its own, in its group; both maps tell the same."""
+    counts, queries, groups, repeat = match.sizes
+    for (layer, size), (image, n) in product(enumerate(queries), enumerate(counts)):
+        of_targets = match.query_of_target[layer, image].view(groups, repeat, width)
+        assert (of_targets[..., n:] == -1).all()
+        of_queries = torch.full_like(match.target_of_query[layer, image], -1)
+        for group, part in enumerate(of_targets):
+            _, target = (part >= 0).nonzero(as_tuple=True)
+            chosen = part[part >= 0]
+            assert (chosen // (size // groups) == group).all()
+            assert len(chosen.unique()) == len(chosen)
+            of_queries[chosen] = target
+        assert_close(match.target_of_query[layer, image], of_queries, rtol=0, atol=0)
+
+
+def check_costs(
+    cost: Tensor, layer: int, found: ops.Match, expected: ops.Match, policy: Any
+) -> None:
+    """The pairs cost what the match says, and as much as those of the reference."""
+    counts, queries, groups, _ = found.sizes
+    size = queries[layer] // groups
+    for (image, n), group in product(enumerate(counts), range(groups)):
+        part = slice(group * size, (group + 1) * size)
+        read = replace_non_finite(cost[image, part, :n], policy).double()
+        target = found.target_of_query[layer, image, part]
+        pairs = read[target >= 0, target[target >= 0]]
+        near = {"rtol": 1e-5, "atol": 1e-5 * (1 + pairs.abs().sum().item())}
+        for match in (found, expected):
+            assert_close(match.cost[layer, image, group].double(), pairs.sum(), **near)
 
 
 def refuses(options: dict[str, Any]) -> bool:

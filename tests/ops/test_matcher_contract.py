@@ -48,16 +48,13 @@ def test_compiles_without_breaks_and_once_for_a_bucket(machine):
     compiled = torch.compile(set_loss, fullgraph=True)
     for seed, counts in enumerate([(3, 0, 7), (8, 1, 2), (0, 0, 5)]):
         logits, boxes, targets = random_case(counts, 20, seed=seed, device=machine)
-        for call in (compiled, set_loss):
-            inputs = [t.clone().requires_grad_() for t in (logits, boxes)]
-            loss = call(*inputs, targets)
-            grads = torch.autograd.grad(loss, inputs)
-            if call is compiled:
-                expected = loss, grads
-        assert_close((loss, grads), expected)
-        if seed == 0:
-            torch.compiler.set_stance("fail_on_recompile")
-    torch.compiler.set_stance("default")
+        results = []
+        with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+            for call in (compiled, set_loss):
+                inputs = [t.clone().requires_grad_() for t in (logits, boxes)]
+                loss = call(*inputs, targets)
+                results.append((loss, torch.autograd.grad(loss, inputs)))
+        assert_close(*results)
 
 
 def test_compiled_match_has_no_pairs():
