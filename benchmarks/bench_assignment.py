@@ -2,7 +2,8 @@
 """The assignment alone: all solvers on the same costs, in one call or problem by problem.
 
 Ragged problems are those of six layers and 16 images, at the sizes of DETR, Deformable DETR and
-DINO; uniform ones have no padding, some as many targets as queries, where an auction might win.
+DINO, and of a crowded scene; uniform ones have no padding, some as many targets as queries, where
+an auction might win.
 """
 
 import functools
@@ -16,7 +17,7 @@ from benchmarks.harness import Case, Contender, Missing, Setup, optional, within
 from benchmarks.problems import random_batch, scipy_solver, total_costs
 from detr_fast import ops, reference
 
-SIZES = [(100, 7), (300, 20), (900, 50)]
+SIZES = [(100, 7), (300, 20), (300, 100), (900, 50)]
 KINDS = ["fresh", "trained", "collapsed"]
 RANDOM = [(1, 100, 7), (208, 300, 100), (8, 100, 100), (8, 300, 300)]
 TOTALS = within(rtol=1e-6, atol=1e-5)

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Contender, Missing, Setup, within
+from benchmarks.harness import Case, Contender, Missing, Setup, optional, within
 from benchmarks.problems import (
     WEIGHTS,
     original_match,
@@ -22,12 +22,17 @@ from benchmarks.problems import (
 )
 from detr_fast import ops, reference
 from detr_fast.matcher import HungarianMatcher
+from detr_fast.matcher.rfdetr import HungarianMatcher as RFDetrMatcher
 
 SIZES = [(100, 7), (300, 20), (900, 50)]
+CROWDED = (300, 100)  # many small objects in every image
+KINDS = ["fresh", "trained", "collapsed"]
 LAYERS = 6
+DRAINED = "cost image by image, scipy"
 SAME, TOTALS = within(), within(rtol=1e-6, atol=1e-5)
-# what the issue of this op asks of a CPU, as ratios to the original at Q queries
-FLOORS = {100: 10.0, 900: 150.0}
+# what a CPU has to reach: ratios to the original DETR's matcher, and to costs image by image and scipy
+DROP_IN_FLOORS = {100: 10.0, 900: 150.0}
+FUSED_FLOORS = {300: 1.5, 900: 1.5}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -37,18 +42,27 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         layers = LAYERS if queries < 900 else 1  # the original takes most of a second for each
         build = functools.partial(drop_in, device, layers, 16, queries, targets)
         name = f"HungarianMatcher {queries}x{targets}, {layers} layers"
-        floors = {"DETR": FLOORS[queries]} if device.type == "cpu" and queries in FLOORS else {}
+        floors = on_cpu(device, "DETR", DROP_IN_FLOORS.get(queries))
         result.append(Case(name, build, SAME, floors=floors))
-        for kind in ("fresh", "trained"):
-            build = functools.partial(fused, device, queries, targets, kind)
-            name = f"hungarian_match {queries}x{targets}, {LAYERS} layers, {kind}"
-            result.append(Case(name, build, TOTALS))
     for images in (1,) if quick else (1, 4, 64):
         build = functools.partial(drop_in, device, 1, images, 100, 7)
-        floors = {"DETR": 1.0} if device.type == "cpu" else {}
         name = f"HungarianMatcher 100x7, 1 layer, {images} images"
-        result.append(Case(name, build, SAME, floors=floors))
+        result.append(Case(name, build, SAME, floors=on_cpu(device, "DETR", 1.0)))
+    shapes = [(size, kind) for size in SIZES for kind in KINDS] + [(CROWDED, "fresh")]
+    for (queries, targets), kind in shapes[:1] if quick else shapes:
+        build = functools.partial(fused, device, queries, targets, kind)
+        name = f"hungarian_match {queries}x{targets}, {LAYERS} layers, {kind}"
+        floors = on_cpu(device, DRAINED, FUSED_FLOORS.get(queries))
+        result.append(Case(name, build, TOTALS, floors=floors))
+    if not quick:
+        build = functools.partial(rf_detr, device, 300, 7, 13)
+        result.append(Case("RF-DETR's matcher 3900x7, 13 groups, 1 layer", build, SAME))
     return result
+
+
+def on_cpu(device: torch.device, peer: str, floor: float | None) -> dict[str, float]:
+    """The floor of a case, where it has one."""
+    return {} if device.type != "cpu" or floor is None else {peer: floor}
 
 
 def test_matcher(case, bench):
@@ -105,8 +119,29 @@ def fused(device: torch.device, queries: int, targets: int, kind: str) -> Setup:
         contenders={
             "detr_fast": contender(match),
             "scipy's ties": contender(functools.partial(match, ties="scipy")),
-            "cost image by image, scipy": missing
-            if isinstance(missing, Missing)
-            else contender(drained, waits=True),
+            DRAINED: missing if isinstance(missing, Missing) else contender(drained, waits=True),
         },
     )
+
+
+def rf_detr(device: torch.device, queries: int, targets: int, groups: int) -> Setup:
+    """RF-DETR's focal matcher over its query groups of one layer."""
+    batch = random_batch(device, 1, 16, queries * groups, targets, "fresh")
+    outputs, listed = batch.outputs()[0], batch.targets.to_list()
+    options = {"cost_class": 2, "cost_bbox": 5, "cost_giou": 2, "focal_alpha": 0.25}
+    ours = RFDetrMatcher(**options)
+    module = optional("rfdetr.models.matcher")
+    if isinstance(module, Missing):
+        peer: Contender | Missing = module
+    else:
+        original = module.HungarianMatcher(**options)
+        peer = Contender(lambda: original(outputs, listed, group_detr=groups), waits=True)
+
+    def expected() -> list[tuple[Tensor, Tensor]]:
+        with ops.use_reference():
+            return ours(outputs, listed, group_detr=groups)
+
+    def run() -> list[tuple[Tensor, Tensor]]:
+        return ours(outputs, listed, group_detr=groups)
+
+    return Setup(expected, {"detr_fast": Contender(run), "rfdetr": peer})
