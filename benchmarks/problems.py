@@ -42,6 +42,19 @@ class Batch(NamedTuple):
         ]
         return torch.cat([matching_cost(terms, WEIGHTS, None) for terms in of_layer])
 
+    def image_costs(self, image: int) -> Tensor:
+        """(L, Q, n) of one image with n targets, by the reference twin."""
+        n, layers = self.targets.count_host[image], len(self.logits)
+        labels, boxes = self.targets.labels[image, :n], self.targets.boxes[image, :n]
+        terms = matching_cost_terms(
+            self.logits[:, image],
+            self.boxes[:, image],
+            labels.expand(layers, n),
+            boxes.expand(layers, n, 4),
+            WEIGHTS,
+        )
+        return matching_cost(terms, WEIGHTS, None)
+
     def counts(self) -> Tensor:
         """(L * B,), targets of each problem."""
         return self.targets.count.repeat(len(self.logits))

@@ -196,8 +196,9 @@ def check_costs(
         target = found.target_of_query[layer, image, part]
         pairs = read[target >= 0, target[target >= 0]]
         near = {"rtol": 1e-5, "atol": 1e-5 * (1 + pairs.abs().sum().item())}
-        for match in (found, expected):
-            assert_close(match.cost[layer, image, group].double(), pairs.sum(), **near)
+        for match in (found, expected):  # a sum of huge replacements is infinite in float32
+            total = match.cost[layer, image, group]
+            assert_close(total, pairs.sum().to(total.dtype), **near)
 
 
 def refuses(options: dict[str, Any]) -> bool:
