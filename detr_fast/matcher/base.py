@@ -2,6 +2,7 @@
 """What the drop-in matchers share: dicts of outputs and targets in, pairs of CPU indices out."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -53,7 +54,7 @@ def match_layers(
 
     Args:
         layers (Sequence[Mapping]): for each layer logits (Tensor[B, Q, C]) and boxes
-            (Tensor[B, Q, 4]); Q may differ between layers.
+            (Tensor[B, Q, 4]); Q and dtypes may differ between layers.
         targets (Sequence[Mapping]): for each image labels (Tensor[n]) and boxes (Tensor[n, 4]).
         weights (CostWeights): of class cost, L1 and GIoU.
         class_cost (ClassCost): the formula of the class cost.
@@ -70,8 +71,8 @@ def match_layers(
         ValueError: if shapes do not fit, or under ``"error"`` if a cost is not finite or a label
             outside of the columns; names layer, image, term and input.
     """
-    logits = [layer[keys.logits] for layer in layers]
-    boxes = [layer[keys.boxes] for layer in layers]
+    logits = _of_one_dtype([layer[keys.logits] for layer in layers])
+    boxes = _of_one_dtype([layer[keys.boxes] for layer in layers])
     for of_layer, boxes_of_layer in zip(logits, boxes, strict=True):
         _check_shapes(of_layer, boxes_of_layer, len(targets), groups, keys)
     packed = Targets.from_list(targets, keys.labels, keys.target_boxes)
@@ -134,6 +135,15 @@ def host_pairs(match: Match, counts: Sequence[int]) -> list[Pairs]:
     return [pairs[i * images : (i + 1) * images] for i in range(len(queries))]
 
 
+def _of_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """Promoted where they differ, as under autocast those of the encoder and the decoder may."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) < 2:
+        return tensors
+    common = reduce(torch.promote_types, dtypes)
+    return [tensor.to(common) for tensor in tensors]
+
+
 def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys: Keys) -> None:
     if logits.dim() != 3 or boxes.shape != (*logits.shape[:2], 4):
         raise ValueError(
@@ -142,7 +152,7 @@ def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys:
         )
     if images != len(logits):
         raise ValueError(f"{images} targets for a batch of {len(logits)} images")
-    if logits.shape[1] % groups:
+    if groups < 1 or logits.shape[1] % groups:
         raise ValueError(f"{logits.shape[1]} queries cannot be cut into {groups} equal groups")
 
 
