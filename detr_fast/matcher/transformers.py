@@ -222,7 +222,7 @@ class RfDetrHungarianMatcher(HungarianMatcher):
 
 
 class Mask2FormerHungarianMatcher(mask2former.HungarianMatcher):
-    """The matcher of Mask2Former, OneFormer, EoMT and VidEoMT.
+    """The matcher of Mask2Former, OneFormer, EoMT (with DINOv3, too) and VidEoMT.
 
     Source: ``transformers/models/mask2former/modeling_mask2former.py``.
 
