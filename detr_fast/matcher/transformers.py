@@ -167,7 +167,8 @@ class GroundingDinoHungarianMatcher(HungarianMatcher):
         for of_image, tokens, target in zip(cost, outputs["label_maps"], targets, strict=True):
             of_targets = tokens[target["class_labels"]].to(cost.dtype)
             mean = of_targets / of_targets.sum(-1, keepdim=True)
-            extra.append(self.class_cost * (of_image @ mean.T))
+            with torch.autocast(cost.device.type, enabled=False):
+                extra.append(self.class_cost * (of_image @ mean.T))
         weights = CostWeights(0, self.bbox_cost, self.giou_cost)
         return _match(self, outputs, targets, _FOCAL, weights=weights, extra=extra)
 
