@@ -2,6 +2,7 @@
 """What the drop-in matchers share: dicts of outputs and targets in, pairs of CPU indices out."""
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +17,7 @@ Outputs: TypeAlias = Mapping[str, Any]
 ImageTargets: TypeAlias = Sequence[Mapping[str, Tensor]]
 Pairs: TypeAlias = list[tuple[Tensor, Tensor]]
 
+FOCAL = ClassCost("focal", 0.25, 2.0)
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -53,7 +55,7 @@ def match_layers(
 
     Args:
         layers (Sequence[Mapping]): for each layer logits (Tensor[B, Q, C]) and boxes
-            (Tensor[B, Q, 4]); Q may differ between layers.
+            (Tensor[B, Q, 4]); Q and dtypes may differ between layers.
         targets (Sequence[Mapping]): for each image labels (Tensor[n]) and boxes (Tensor[n, 4]).
         weights (CostWeights): of class cost, L1 and GIoU.
         class_cost (ClassCost): the formula of the class cost.
@@ -70,8 +72,8 @@ def match_layers(
         ValueError: if shapes do not fit, or under ``"error"`` if a cost is not finite or a label
             outside of the columns; names layer, image, term and input.
     """
-    logits = [layer[keys.logits] for layer in layers]
-    boxes = [layer[keys.boxes] for layer in layers]
+    logits = _of_one_dtype([layer[keys.logits] for layer in layers])
+    boxes = _of_one_dtype([layer[keys.boxes] for layer in layers])
     for of_layer, boxes_of_layer in zip(logits, boxes, strict=True):
         _check_shapes(of_layer, boxes_of_layer, len(targets), groups, keys)
     packed = Targets.from_list(targets, keys.labels, keys.target_boxes)
@@ -92,23 +94,20 @@ def match_layers(
             ties="scipy",
             non_finite=non_finite,
         )
-        pairs = host_pairs(match, packed.count_host)
+        pairs, status = host_pairs(match, packed.count_host)
     except ValueError as error:
         found = _diagnosis(logits, boxes, packed, weights, class_cost, keys)
         if non_finite != "error" or found is None:
             raise
         raise ValueError(found) from error
-    if non_finite != "error" and match.status.is_cpu:
-        wrong_label = match.status & MatchStatus.LABEL
-        if wrong_label.any():  # not a cost to be replaced; on a GPU nobody waits to know
-            layer, image, _ = wrong_label.nonzero()[0].tolist()
-            labels = packed.labels[image, : packed.count_host[image]]
-            why = _wrong_label(labels, logits[layer].shape[-1], keys)
-            raise ValueError(f"image {image}: {why}")
+    wrong_label = status & MatchStatus.LABEL
+    if wrong_label.any():  # where costs are replaced; this is none
+        layer = int(wrong_label.nonzero()[0, 0])
+        check_labels(packed, logits[layer].shape[-1], keys)
     return pairs
 
 
-def host_pairs(match: Match, counts: Sequence[int]) -> list[Pairs]:
+def host_pairs(match: Match, counts: Sequence[int]) -> tuple[list[Pairs], Tensor]:
     """The pairs of a match without repeated targets, as CPU tensors; one copy from the device.
 
     Args:
@@ -116,22 +115,33 @@ def host_pairs(match: Match, counts: Sequence[int]) -> list[Pairs]:
         counts (Sequence[int]): targets of each image.
 
     Returns:
-        list[list[tuple[Tensor, Tensor]]]: as of :func:`match_layers`.
+        tuple: pairs as of :func:`match_layers`, and the status of the match on the CPU.
 
     Raises:
         ValueError: if a problem has no result.
     """
-    found = match.target_of_query.cpu()
+    both = match.target_of_query.flatten(), match.status.flatten()
+    found, status = torch.cat(both).cpu().split([part.size(0) for part in both])
     _, queries, groups, _ = match.sizes
     sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
-    found, width = found.view(-1), max(1, found.size(2))
+    width = max(1, match.target_of_query.size(2))
     position = (found >= 0).nonzero().view(-1)
     if position.size(0) != sum(sizes):
         match.raise_for_status()
     in_image = (position % width).split_with_sizes(sizes)
     chosen = found.index_select(0, position).split_with_sizes(sizes)
     pairs, images = list(zip(in_image, chosen, strict=True)), len(counts)
-    return [pairs[i * images : (i + 1) * images] for i in range(len(queries))]
+    of_layers = [pairs[i * images : (i + 1) * images] for i in range(len(queries))]
+    return of_layers, status.view(match.status.shape)
+
+
+def _of_one_dtype(tensors: list[Tensor]) -> list[Tensor]:
+    """Promoted where they differ, as under autocast those of the encoder and the decoder may."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) < 2:
+        return tensors
+    common = reduce(torch.promote_types, dtypes)
+    return [tensor.to(common) for tensor in tensors]
 
 
 def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys: Keys) -> None:
@@ -142,7 +152,7 @@ def _check_shapes(logits: Tensor, boxes: Tensor, images: int, groups: int, keys:
         )
     if images != len(logits):
         raise ValueError(f"{images} targets for a batch of {len(logits)} images")
-    if logits.shape[1] % groups:
+    if groups < 1 or logits.shape[1] % groups:
         raise ValueError(f"{logits.shape[1]} queries cannot be cut into {groups} equal groups")
 
 
@@ -170,6 +180,21 @@ def _diagnosis(
                 where = f"layer {layer}, image {image}" if len(logits) > 1 else f"image {image}"
                 return f"{where}: {why}"
     return None
+
+
+def check_labels(targets: Targets, columns: int, keys: Keys = DETR_KEYS) -> None:
+    """Raise if a label is outside of the columns of the logits; waits for a GPU.
+
+    Raises:
+        ValueError: names image and label.
+    """
+    padding = torch.arange(targets.labels.shape[1], device=targets.labels.device)
+    padding = padding >= targets.count[:, None]
+    outside = ((targets.labels < 0) | (targets.labels >= columns)) & ~padding
+    if outside.any():
+        image, at = outside.nonzero()[0].tolist()
+        found = targets.labels[image, at : at + 1]
+        raise ValueError(f"image {image}: {_wrong_label(found, columns, keys)}")
 
 
 def _wrong_label(labels: Tensor, columns: int, keys: Keys) -> str | None:

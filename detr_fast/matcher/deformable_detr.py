@@ -6,12 +6,10 @@ from typing import Any
 import torch
 
 from detr_fast.matcher import detr
-from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, match_layers
-from detr_fast.ops.matcher import ClassCost, CostWeights
+from detr_fast.matcher.base import FOCAL, ImageTargets, Outputs, Pairs, match_layers
+from detr_fast.ops.matcher import CostWeights
 
 __all__ = ["HungarianMatcher", "build_matcher"]
-
-_FOCAL = ClassCost("focal", 0.25, 2.0)
 
 
 class HungarianMatcher(detr.HungarianMatcher):
@@ -35,7 +33,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
         """Match every image of a batch: as :meth:`detr_fast.matcher.HungarianMatcher.forward`."""
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        return match_layers([outputs], targets, weights, _FOCAL)[0]
+        return match_layers([outputs], targets, weights, FOCAL)[0]
 
 
 def build_matcher(args: Any) -> HungarianMatcher:

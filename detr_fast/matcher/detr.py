@@ -7,11 +7,10 @@ import torch
 from torch import nn
 
 from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, match_layers
-from detr_fast.ops.matcher import ClassCost, CostWeights
+from detr_fast.ops.matcher import CostWeights
+from detr_fast.reference.match import SOFTMAX
 
 __all__ = ["HungarianMatcher", "build_matcher"]
-
-_SOFTMAX = ClassCost("softmax")
 
 
 class HungarianMatcher(nn.Module):
@@ -67,7 +66,7 @@ class HungarianMatcher(nn.Module):
             ValueError: if shapes do not fit, a label is out of range or a cost is not finite.
         """
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        return match_layers([outputs], targets, weights, _SOFTMAX)[0]
+        return match_layers([outputs], targets, weights, SOFTMAX)[0]
 
 
 def build_matcher(args: Any) -> HungarianMatcher:

@@ -4,12 +4,17 @@
 import torch
 
 from detr_fast.matcher import detr
-from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, focal_or_softmax, match_layers
-from detr_fast.ops.matcher import ClassCost, CostWeights
+from detr_fast.matcher.base import (
+    FOCAL,
+    ImageTargets,
+    Outputs,
+    Pairs,
+    focal_or_softmax,
+    match_layers,
+)
+from detr_fast.ops.matcher import CostWeights
 
 __all__ = ["GroupHungarianMatcher", "HungarianMatcher"]
-
-_FOCAL = ClassCost("focal", 0.25, 2.0)
 
 
 class HungarianMatcher(detr.HungarianMatcher):
@@ -88,4 +93,4 @@ class GroupHungarianMatcher(detr.HungarianMatcher):
             and the target of each: int64 on the CPU.
         """
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        return match_layers([outputs], targets, weights, _FOCAL, groups=group_nums)[0]
+        return match_layers([outputs], targets, weights, FOCAL, groups=group_nums)[0]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from detr_fast.matcher import detr
-from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, match_layers
+from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, check_labels, match_layers
 from detr_fast.matcher.packing import Targets
 from detr_fast.ops.matcher import ClassCost, CostWeights
 from detr_fast.reference.matcher import matching_cost, matching_cost_terms
@@ -65,10 +65,15 @@ class SimpleMinsumMatcher(HungarianMatcher):
         Returns:
             list[tuple[Tensor, Tensor]]: for each image the query of each target, and the targets
             in their order: int64 on the device of the outputs.
+
+        Raises:
+            ValueError: if a label is outside of the columns of the logits.
         """
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-        packed = Targets.from_list(targets).to(logits.device)
+        packed = Targets.from_list(targets)
+        check_labels(packed, logits.shape[-1])
+        packed = packed.to(logits.device)
         terms = matching_cost_terms(
             logits,
             boxes,

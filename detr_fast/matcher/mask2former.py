@@ -6,15 +6,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from detr_fast.matcher.base import DETR_KEYS, ImageTargets, Outputs, Pairs, match_layers
+from detr_fast.matcher.base import DETR_KEYS, FOCAL, ImageTargets, Outputs, Pairs, match_layers
 from detr_fast.matcher.masks import mask_costs, sample_points
-from detr_fast.ops.matcher import ClassCost, CostWeights
-from detr_fast.reference.match import NonFinite
+from detr_fast.ops.matcher import CostWeights
+from detr_fast.reference.match import SOFTMAX, NonFinite
 from detr_fast.reference.matcher import CostTerms, matching_cost, matching_cost_terms
 
 __all__ = ["HungarianMatcher", "MaskDINOHungarianMatcher", "match_masks"]
 
-_FOCAL = ClassCost("focal", 0.25, 2.0)
 _COCO_THINGS = 80
 
 
@@ -117,7 +116,7 @@ def match_masks(
         [{"pred_logits": logits, "pred_boxes": no_boxes}],
         targets,
         CostWeights(cost_class, 0, 0),
-        ClassCost("softmax"),
+        SOFTMAX,
         extra_cost=[extra],
         non_finite=non_finite,
     )[0]
@@ -205,9 +204,7 @@ class MaskDINOHungarianMatcher(HungarianMatcher):
         if panoptic:
             weights = CostWeights(self.cost_class, 0, 0)
         keyed = None if extra is None else [extra]
-        return match_layers([outputs], targets, weights, _FOCAL, keys=DETR_KEYS, extra_cost=keyed)[
-            0
-        ]
+        return match_layers([outputs], targets, weights, FOCAL, keys=DETR_KEYS, extra_cost=keyed)[0]
 
 
 def _panoptic_box_cost(

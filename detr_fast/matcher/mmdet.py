@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from detr_fast.ops.matcher import linear_sum_assignment
+from detr_fast.reference.boxes import at_least_float32
 
 __all__ = ["AssignResult", "HungarianAssigner", "match_cost"]
 
@@ -46,9 +47,10 @@ class HungarianAssigner:
 
     Source: open-mmlab/mmdetection 3.3.0,
     ``mmdet/models/task_modules/assigners/hungarian_assigner.py``; the algorithm of Co-DETR is the
-    same.  Everything stays on the device: nothing waits for it.  Differences: the costs are summed
-    in float32; on a device other than the CPU a cost that is not finite makes all queries
-    background (on the CPU it raises, as the original does everywhere).
+    same.  Everything stays on the device: nothing waits for it.  Differences: costs are summed in
+    float32, and those of masks by :func:`match_cost` computed in it, also under autocast; on a
+    device other than the CPU a cost that is not finite makes all queries background (on the CPU
+    it raises, as the original does everywhere).
 
     Args:
         match_costs (Mapping | Callable | Sequence): costs to be added; each a dict with its
@@ -99,7 +101,7 @@ class HungarianAssigner:
             cost(pred_instances=pred_instances, gt_instances=gt_instances, img_meta=img_meta)
             for cost in self.match_costs
         ]
-        total = torch.stack(costs).sum(0)
+        total = torch.stack([at_least_float32(cost) for cost in costs]).sum(0)
         query = linear_sum_assignment(total[None], ties="scipy")[0].to(labels.device)
         # a free target writes to one row too many, which is cut off
         query = query.where(query >= 0, queries)
@@ -168,15 +170,16 @@ def _focal(
     binary_input: bool = False,
 ) -> Tensor:
     """Focal cost of labels, or with ``binary_input`` of masks."""
-    p = (predicted.masks.flatten(1) if binary_input else predicted.scores).sigmoid()
+    x = predicted.masks.flatten(1) if binary_input else predicted.scores
+    p = at_least_float32(x).sigmoid()
     negative = -(1 - p + eps).log() * (1 - alpha) * p**gamma
     positive = -(p + eps).log() * alpha * (1 - p) ** gamma
     if not binary_input:
         difference: Tensor = positive - negative
         return difference[:, targets.labels]
     masks = targets.masks.flatten(1).to(p)
-    cost: Tensor = (positive @ masks.T + negative @ (1 - masks).T) / p.shape[1]
-    return cost
+    total = _products(positive, masks) + _products(negative, 1 - masks)
+    return total / p.shape[1]
 
 
 def _bbox_l1(
@@ -222,13 +225,13 @@ def _dice(
     naive_dice: bool = True,
 ) -> Tensor:
     """Dice loss of masks; the sums of squares are compared unless ``naive_dice``."""
-    p = predicted.masks.flatten(1)
+    p = at_least_float32(predicted.masks.flatten(1))
     p = p.sigmoid() if pred_act else p
     masks = targets.masks.flatten(1).to(p)
     total = p.sum(-1, keepdim=True) + masks.sum(-1)
     if not naive_dice:
         total = p.square().sum(-1, keepdim=True) + masks.square().sum(-1)
-    loss: Tensor = 1 - (2 * (p @ masks.T) + eps) / (total + eps)
+    loss: Tensor = 1 - (2 * _products(p, masks) + eps) / (total + eps)
     return loss
 
 
@@ -238,8 +241,14 @@ def _cross_entropy(predicted: Any, targets: Any, _meta: Any, use_sigmoid: bool =
         raise ValueError("CrossEntropyLossCost: only use_sigmoid=True is defined")
     x = predicted.masks.flatten(1).float()
     masks = targets.masks.flatten(1).float()
-    cost: Tensor = (softplus(x).sum(-1, keepdim=True) - x @ masks.T) / x.shape[1]
+    cost: Tensor = (softplus(x).sum(-1, keepdim=True) - _products(x, masks)) / x.shape[1]
     return cost
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """(Q, P) and (n, P) -> (Q, n), in their own dtype also under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
 
 
 _COSTS: dict[str, Callable[..., Tensor]] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 _INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+_FLOAT32 = torch.float32  # whatever the default dtype is
 _FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
@@ -89,23 +89,26 @@ def _checked(
 def _padded(
     labels: Sequence[Tensor], boxes: Sequence[Tensor], counts: Sequence[int], width: int
 ) -> tuple[Tensor, Tensor]:
-    """(B, width) int64 and (B, width, 4), by one concatenation each."""
+    """(B, width) int64 and (B, width, 4), on the device of the boxes, by one concatenation each.
+
+    Labels may be elsewhere, for as an index of scores on a GPU a CPU tensor does.
+    """
     if not counts:
-        return torch.empty(0, width, dtype=torch.int64), torch.empty(0, width, 4)
-    label_parts: list[Tensor] = []
-    box_parts: list[Tensor] = []
-    for label, box, n in zip(labels, boxes, counts, strict=True):
-        no_label, no_box = _zeros(width - n, label.device)
-        label_parts += (label, no_label)
-        box_parts += (box, no_box)
+        return torch.empty(0, width, dtype=torch.int64), torch.empty(0, width, 4, dtype=_FLOAT32)
+    # zeros of these dtypes also make int32 labels int64 and bfloat16 boxes float32
+    free = [width - n for n in counts]
+    no_label = torch.zeros(sum(free), dtype=torch.int64, device=labels[0].device)
+    no_box = torch.zeros(sum(free), 4, dtype=_FLOAT32, device=boxes[0].device)
+    packed_labels = torch.cat(_interleaved(labels, no_label.split_with_sizes(free)))
+    packed_boxes = torch.cat(_interleaved(boxes, no_box.split_with_sizes(free)))
+    if packed_labels.device != packed_boxes.device:
+        packed_labels = packed_labels.to(packed_boxes.device)
     shape = len(counts), width
-    return torch.cat(label_parts).view(shape), torch.cat(box_parts).view(*shape, 4)
+    return packed_labels.view(shape), packed_boxes.view(*shape, 4)
 
 
-@lru_cache(maxsize=1024)
-def _zeros(n: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What pads an image; also makes int32 labels int64 and bfloat16 boxes float32."""
-    return torch.zeros(n, dtype=torch.int64, device=device), torch.zeros(n, 4, device=device)
+def _interleaved(parts: Sequence[Tensor], padding: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for pair in zip(parts, padding, strict=True) for tensor in pair]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,7 @@ _LIBRARIES: dict[str, tuple[Entry, ...]] = {
         Entry("loss.loss_rf_detr:RfDetrHungarianMatcher", "transformers:RfDetrHungarianMatcher"),
         Entry("loss.loss_rt_detr:RTDetrHungarianMatcher", "transformers:RTDetrHungarianMatcher"),
         Entry("models.eomt.modeling_eomt:EomtHungarianMatcher", _MASKS),
+        Entry("models.eomt_dinov3.modeling_eomt_dinov3:EomtDinov3HungarianMatcher", _MASKS),
         Entry("models.mask2former.modeling_mask2former:Mask2FormerHungarianMatcher", _MASKS),
         Entry("models.oneformer.modeling_oneformer:OneFormerHungarianMatcher", _MASKS),
         Entry("models.videomt.modeling_videomt:VideomtHungarianMatcher", _MASKS),
@@ -118,7 +119,7 @@ def patch(library: str) -> Patch:
 
     Raises:
         ValueError: if the library is not known here.
-        ImportError: if it is not installed.
+        ImportError: if it is not installed, or something that it needs.
         RuntimeError: if its version has no matcher known here, or one with other arguments.
 
     Example:
@@ -160,8 +161,12 @@ def _find(path: str) -> type | None:
     module, name = path.split(":")
     try:
         found: type | None = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise ImportError(
+            f"{module} cannot be imported here, for it needs {error.name}: install that first"
+        ) from error
     return found
 
 

@@ -21,8 +21,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     Source: roboflow/rf-detr, package ``rfdetr`` 1.11.2, ``rfdetr/models/matcher.py``.  NaN and
     infinity cost more than anything finite of their problem, where the original compares with the
     whole batch.  All layers of a training step are matched by one call of the op.  Differences: as
-    of :class:`detr_fast.matcher.HungarianMatcher`; targets padded for XLA (``"valid"``) are
-    refused.
+    of :class:`detr_fast.matcher.HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the focal class cost.
@@ -87,7 +86,9 @@ class HungarianMatcher(detr.HungarianMatcher):
             outputs (Mapping): as of :meth:`detr_fast.matcher.HungarianMatcher.forward`, and
                 optionally ``"pred_masks"`` (Tensor[B, Q, H, W], or a dict of its factors) and
                 ``"pred_keypoints"``.
-            targets (Sequence[Mapping]): likewise, optionally ``"masks"`` and ``"keypoints"``.
+            targets (Sequence[Mapping]): likewise, optionally ``"masks"``, ``"keypoints"``, and
+                ``"valid"`` (Tensor[n], bool): false for targets that fill up a fixed number,
+                which take the queries that others leave.
             group_detr (int): equal groups that the queries are cut into, in their order.
             target_side_safety (object): ignored; there is nothing to be prepared.
 
@@ -116,11 +117,6 @@ def _match(
     matcher: Any, layers: Sequence[Outputs], targets: ImageTargets, groups: int
 ) -> list[Pairs]:
     """Match by the weights of a matcher of this class or of the original's."""
-    if targets and "valid" in targets[0]:
-        raise ValueError(
-            'targets of a fixed number ("valid"), which are made for XLA, are not supported: '
-            "hand in lists of their own length"
-        )
     weights = CostWeights(matcher.cost_class, matcher.cost_bbox, matcher.cost_giou)
     extra = [_extra_cost(matcher, layer, targets) for layer in layers]
     of_layers = [costs for costs in extra if costs is not None]
@@ -136,16 +132,15 @@ def _match(
 
 
 def _extra_cost(matcher: Any, layer: Outputs, targets: ImageTargets) -> list[Tensor] | None:
-    """Costs of masks and keypoints of each image, (Q, n)."""
-    total = None
+    """Costs of masks, keypoints and padding of each image, (Q, n)."""
+    terms = []
     if targets and "masks" in targets[0]:
-        total = _mask_cost(matcher, layer["pred_masks"], targets)
+        terms.append(_mask_cost(matcher, layer["pred_masks"], targets))
     if targets and "pred_keypoints" in layer and "keypoints" in targets[0]:
-        keypoints = _keypoint_cost(matcher, layer["pred_keypoints"], targets)
-        total = (
-            keypoints if total is None else [a + b for a, b in zip(total, keypoints, strict=True)]
-        )
-    return total
+        terms.append(_keypoint_cost(matcher, layer["pred_keypoints"], targets))
+    if targets and "valid" in targets[0]:
+        terms.append(_padding_cost(layer["pred_logits"], targets))
+    return [torch.stack(of_image).sum(0) for of_image in zip(*terms, strict=True)] or None
 
 
 def _mask_cost(matcher: Any, predicted: Any, targets: ImageTargets) -> list[Tensor]:
@@ -158,12 +153,18 @@ def _mask_cost(matcher: Any, predicted: Any, targets: ImageTargets) -> list[Tens
     for image, target in enumerate(targets):
         logits = sample_points(image_like[image], points, padding_mode="border")
         if factors is not None:
-            logits = factors["query_features"][image] @ logits + factors["bias"]
+            logits = _product(factors["query_features"][image], logits) + factors["bias"]
         masks = target["masks"].to(logits.dtype)
         masks = sample_points(masks, points, mode="nearest", padding_mode="border")
         entropy, dice = mask_costs(logits, masks)
         costs.append(matcher.cost_mask_ce * entropy + matcher.cost_mask_dice * dice)
     return costs
+
+
+def _product(queries: Tensor, features: Tensor) -> Tensor:
+    """(Q, K) and (K, P) -> (Q, P) in float32, also under autocast."""
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ features.float()
 
 
 def _keypoint_cost(matcher: Any, predicted: Tensor, targets: ImageTargets) -> list[Tensor]:
@@ -186,6 +187,16 @@ def _keypoint_cost(matcher: Any, predicted: Tensor, targets: ImageTargets) -> li
         )
         weighted = [c * term[0] for c, term in zip(coefficients, terms, strict=True)]
         costs.append(torch.stack(weighted).sum(0))
+    return costs
+
+
+def _padding_cost(logits: Tensor, targets: ImageTargets) -> list[Tensor]:
+    """Targets that only fill up cost the same, the most, with all queries: NaN counts so."""
+    costs = []
+    for target in targets:
+        valid = target["valid"].to(logits.device)
+        cost = torch.zeros(logits.shape[1], len(valid), device=logits.device, dtype=torch.float32)
+        costs.append(cost.masked_fill(~valid, torch.nan))
     return costs
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from detr_fast.matcher import mask2former
 from detr_fast.matcher.base import (
     FLOAT32_MAX,
+    FOCAL,
     ImageTargets,
     Keys,
     Outputs,
@@ -26,6 +27,7 @@ from detr_fast.matcher.mask2former import match_masks
 from detr_fast.matcher.masks import mask_costs, sample_points
 from detr_fast.ops.matcher import ClassCost, CostWeights
 from detr_fast.reference.boxes import at_least_float32
+from detr_fast.reference.match import SOFTMAX
 
 __all__ = [
     "DeformableDetrHungarianMatcher",
@@ -39,8 +41,6 @@ __all__ = [
 
 _KEYS = Keys("logits", "pred_boxes", "class_labels", "boxes")
 _NON_FINITE = (FLOAT32_MAX, FLOAT32_MAX, FLOAT32_MAX)
-_SOFTMAX = ClassCost("softmax")
-_FOCAL = ClassCost("focal", 0.25, 2.0)
 
 
 class HungarianMatcher(nn.Module):
@@ -85,7 +85,7 @@ class HungarianMatcher(nn.Module):
             list[tuple[Tensor, Tensor]]: for each image the matched queries, ascending, and the
             target of each: int64 on the CPU.
         """
-        return _match(self, outputs, targets, _SOFTMAX)
+        return _match(self, outputs, targets, SOFTMAX)
 
 
 class DeformableDetrHungarianMatcher(HungarianMatcher):
@@ -97,7 +97,7 @@ class DeformableDetrHungarianMatcher(HungarianMatcher):
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
         """Match every image of a batch: as :meth:`HungarianMatcher.forward`."""
-        return _match(self, outputs, targets, _FOCAL)
+        return _match(self, outputs, targets, FOCAL)
 
 
 class LwDetrHungarianMatcher(HungarianMatcher):
@@ -112,7 +112,7 @@ class LwDetrHungarianMatcher(HungarianMatcher):
         self, outputs: Outputs, targets: ImageTargets, group_detr: int
     ) -> Pairs:
         """Match every image and group: as :meth:`HungarianMatcher.forward`, group after group."""
-        return _match(self, outputs, targets, _FOCAL, groups=group_detr)
+        return _match(self, outputs, targets, FOCAL, groups=group_detr)
 
 
 class RTDetrHungarianMatcher(nn.Module):
@@ -160,16 +160,17 @@ class GroundingDinoHungarianMatcher(HungarianMatcher):
         a class.
         """
         x = at_least_float32(outputs["logits"])
-        p, (_, alpha, gamma, eps) = x.sigmoid(), _FOCAL
+        p, (_, alpha, gamma, eps) = x.sigmoid(), FOCAL
         positive = alpha * (1 - p) ** gamma * -(p + eps).log()
         cost = positive - (1 - alpha) * p**gamma * -(1 - p + eps).log()
         extra = []
         for of_image, tokens, target in zip(cost, outputs["label_maps"], targets, strict=True):
             of_targets = tokens[target["class_labels"]].to(cost.dtype)
             mean = of_targets / of_targets.sum(-1, keepdim=True)
-            extra.append(self.class_cost * (of_image @ mean.T))
+            with torch.autocast(cost.device.type, enabled=False):
+                extra.append(self.class_cost * (of_image @ mean.T))
         weights = CostWeights(0, self.bbox_cost, self.giou_cost)
-        return _match(self, outputs, targets, _FOCAL, weights=weights, extra=extra)
+        return _match(self, outputs, targets, FOCAL, weights=weights, extra=extra)
 
 
 class RfDetrHungarianMatcher(HungarianMatcher):
@@ -218,11 +219,11 @@ class RfDetrHungarianMatcher(HungarianMatcher):
             masks = sample_points(target["masks"].to(of_image), points, mode="nearest")
             entropy, dice = mask_costs(sample_points(of_image, points), masks)
             extra.append(self.cost_mask_class * entropy + self.cost_mask_dice * dice)
-        return _match(self, outputs, targets, _FOCAL, groups=group_detr, extra=extra)
+        return _match(self, outputs, targets, FOCAL, groups=group_detr, extra=extra)
 
 
 class Mask2FormerHungarianMatcher(mask2former.HungarianMatcher):
-    """The matcher of Mask2Former, OneFormer, EoMT and VidEoMT.
+    """The matcher of Mask2Former, OneFormer, EoMT (with DINOv3, too) and VidEoMT.
 
     Source: ``transformers/models/mask2former/modeling_mask2former.py``.
 

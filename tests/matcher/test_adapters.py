@@ -214,6 +214,25 @@ def test_names_a_label_outside_of_the_columns(name):
         ALL[name][0](outputs, targets)
 
 
+@pytest.mark.parametrize("label", [10, -1])
+def test_minsum_names_a_label_outside_of_the_columns(label):
+    outputs, targets = random_batch([0, 3], 20, 9)
+    targets[1]["labels"][2] = label
+    with pytest.raises(ValueError, match=f"image 1: label {label} is outside of the 10 columns"):
+        dino.SimpleMinsumMatcher(*USUAL, 0.4)(outputs, targets)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ALL)
+def test_names_a_label_outside_of_the_columns_on_a_gpu(name):
+    outputs, targets = random_batch([2, 3], 20, 9)
+    targets[1]["labels"][2] = 10
+    outputs = {key: value.cuda() for key, value in outputs.items()}
+    targets = [{key: value.cuda() for key, value in target.items()} for target in targets]
+    with pytest.raises(ValueError, match="image 1: label 10 is outside of the 10 columns of pred"):
+        ALL[name][0](outputs, targets)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ALL)
 def test_equals_published_on_a_gpu(name):

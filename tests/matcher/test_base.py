@@ -77,6 +77,23 @@ def test_boxes_of_targets_may_have_another_dtype(dtype):
     assert_close(match_layers([outputs], given, WEIGHTS, SOFTMAX), [expected])
 
 
+@pytest.mark.parametrize("key", ["pred_logits", "pred_boxes"])
+def test_layers_may_have_different_dtypes(key):
+    several, targets = layers([7, 3], [20, 10, 15])
+    for outputs, dtype in zip(several, (torch.float32, torch.bfloat16, torch.float16), strict=True):
+        outputs[key] = outputs[key].to(dtype)
+    as_float = [{name: x.float() for name, x in outputs.items()} for outputs in several]
+    expected = [published_match(outputs, targets, *WEIGHTS) for outputs in as_float]
+    assert_close(match_layers(several, targets, WEIGHTS, SOFTMAX), expected)
+
+
+@pytest.mark.parametrize("groups", [0, -1, 3])
+def test_refuses_groups_that_are_not_equal(groups):
+    several, targets = layers([7, 3], [20])
+    with pytest.raises(ValueError, match=f"20 queries cannot be cut into {groups} equal groups"):
+        match_layers(several, targets, WEIGHTS, SOFTMAX, groups=groups)
+
+
 def test_packs_to_widths_that_repeat():
     for n, width in ((0, 8), (1, 8), (8, 8), (9, 16), (33, 64)):
         _, targets = random_batch([n, 0], 5, 9)

@@ -171,6 +171,38 @@ def test_takes_one_cost_and_callables():
     assert not torch.equal(one.gt_inds, result.gt_inds)
 
 
+def test_half_costs_are_summed_in_float32():
+    predicted, wanted = image(4, 20)
+    total = 40000 + 1000 * torch.rand(20, 4, generator=torch.Generator().manual_seed(0))
+
+    def half_cost(pred_instances, gt_instances, img_meta):
+        return total.half()
+
+    result = HungarianAssigner([half_cost] * 2).assign(predicted, wanted)
+    expected = HungarianAssigner(lambda **_: total.half().float()).assign(predicted, wanted)
+    assert_close(result.gt_inds, expected.gt_inds)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "FocalLossCost", "binary_input": True},
+        {"type": "DiceCost", "pred_act": True},
+        {"type": "CrossEntropyLossCost"},
+    ],
+    ids=lambda options: options["type"],
+)
+def test_masks_are_compared_in_float32_under_autocast(options):
+    predicted, wanted = image(7, 11)
+    expected = match_cost(**options)(predicted, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(match_cost(**options)(predicted, wanted), expected, rtol=0, atol=0)
+    predicted.masks = predicted.masks.half()
+    rounded = match_cost(**options)(predicted, wanted)
+    predicted.masks = predicted.masks.float()
+    assert_close(rounded, match_cost(**options)(predicted, wanted), rtol=0, atol=0)
+
+
 def test_a_cost_that_is_not_finite_raises_on_the_cpu():
     predicted, wanted = image(4, 20)
     predicted.scores[3] = torch.nan

@@ -8,7 +8,7 @@ import torch
 from torch.testing import assert_close
 
 from detr_fast.matcher import patch
-from detr_fast.matcher.rfdetr import HungarianMatcher, build_matcher
+from detr_fast.matcher.rfdetr import HungarianMatcher, _mask_cost, build_matcher
 from tests.matcher.published import random_batch
 
 pytest.importorskip("scipy")
@@ -62,11 +62,40 @@ def test_queries_that_are_not_finite_are_taken_last():
         assert_close(found, expected)
 
 
-def test_refuses_targets_that_are_padded_for_xla():
-    outputs, targets = batch([4], 20)
-    targets[0]["valid"] = torch.tensor([True, True, False, False])
-    with pytest.raises(ValueError, match='"valid"'):
-        HungarianMatcher(**WEIGHTS)(outputs, targets)
+@pytest.mark.parametrize("masks", [None, "tensor"])
+@pytest.mark.parametrize("counts", [[7, 7], [30, 30, 30], [9]], ids=str)
+def test_targets_that_fill_up_take_what_is_left(counts, masks):
+    """As targets of a fixed number are, which are made for XLA."""
+    for seed in range(3):
+        outputs, targets = batch(counts, 26, seed, masks)
+        for image, target in enumerate(targets):
+            target["valid"] = torch.arange(len(target["labels"])) < 5 * (1 - image % 2)
+            target["boxes"][~target["valid"]] = 0.0
+            target["labels"][~target["valid"]] = 0
+        found, expected = both(outputs, targets, group_detr=2)
+        assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_factors_of_masks_are_multiplied_in_float32_under_autocast():
+    outputs, targets = batch([20, 13], 26, masks="factors")
+    costs = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            costs.append(_mask_cost(HungarianMatcher(**WEIGHTS), outputs["pred_masks"], targets))
+    assert_close(costs[1], costs[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("key", ["pred_logits", "pred_boxes"])
+def test_under_the_patch_layers_may_have_different_dtypes(key):
+    several = [batch([5, 0, 3], 20, seed)[0] for seed in (1, 2)]
+    targets = batch([5, 0, 3], 20)[1]
+    matcher = original.HungarianMatcher(**WEIGHTS)
+    several[1][key] = several[1][key].bfloat16()
+    as_float = [{name: x.float() for name, x in outputs.items()} for outputs in several]
+    expected = [matcher(outputs, targets) for outputs in as_float]
+    with patch("rfdetr"):
+        assert_close(matcher._match_many(several, targets), expected)
 
 
 def test_keypoints_equal_the_original():

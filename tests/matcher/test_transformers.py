@@ -94,6 +94,16 @@ def test_costs_that_are_not_finite_count_most(name):
         assert_close(found, expected)
 
 
+def test_grounding_dino_is_matched_in_float32_under_autocast(monkeypatch):
+    extra = []
+    monkeypatch.setattr(ours, "match_layers", lambda *_, extra_cost, **__: extra_cost)
+    matcher = ours.GroundingDinoHungarianMatcher(**WEIGHTS)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            extra.append(matcher(*batch([7, 30], 40)))
+    assert_close(extra[1], extra[0], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("counts", [[3, 1], [12, 0, 30]], ids=str)
 def test_mask2former_equals_the_original(counts):
     original = transformers.models.mask2former.modeling_mask2former.Mask2FormerHungarianMatcher
