@@ -73,6 +73,7 @@ class Case:
         check (Callable): raises AssertionError unless (actual, expected) agree.
         bytes (int): each input read once and each output written once.
         flops (int): floating-point operations, counted for matmul-bound cases.
+        floors (dict[str, float]): the least ratio to a peer; less fails a run that is not quick.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Case:
     check: Check = field(default=assert_close, repr=False)
     bytes: int = 0
     flops: int = 0
+    floors: dict[str, float] = field(default_factory=dict, repr=False)
 
     def __str__(self) -> str:
         return self.name
@@ -172,6 +174,9 @@ def compare(
         if "gpu_us" in entry and "gpu_us" in ours:
             entry["gpu_ratio"] = round(entry["gpu_us"] / ours["gpu_us"], 2)
     peers = {name: entries.get(name) or absent[name] for name in contenders if name != subject}
+    for name, floor in ({} if quick else case.floors).items():
+        ratio = peers[name].get("ratio", floor)  # a peer that is missing shows nothing
+        assert ratio >= floor, f"{case}: {ratio}x of {name}, the floor is {floor}x"
     rates = _rates(case, ours.get("gpu_us", ours["us"]), device, quick)
     return {"case": case.name, "subject": subject} | ours | rates | {"peers": peers}
 

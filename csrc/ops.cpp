@@ -37,4 +37,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETR_FAST_NAMESPACE, m) {
   m.def(
       "matched_box_losses_backward(Tensor grad_l1, Tensor grad_giou, Tensor src, Tensor tgt, "
       "bool needs_src, bool needs_tgt) -> (Tensor, Tensor)");
+  // Exact assignment: cost (P, Q, T), count (P,) or T -> query of each target (P, T), status (P,)
+  m.def(
+      "linear_sum_assignment(Tensor cost, Tensor? count, int algorithm, bool scipy_ties, "
+      "int non_finite, float[] replacement) -> (Tensor query_of_target, Tensor status)");
+  // Cost and assignment of L layers (B, Q, C), (B, Q, 4) and B images in one launch
+  m.def(
+      "hungarian_match(Tensor[] logits, Tensor[] boxes, Tensor labels, Tensor target_boxes, "
+      "Tensor count, Tensor[] extra_cost, float[] weights, int class_cost, "
+      "float[] class_options, int groups, int repeat, bool scipy_ties, int non_finite, "
+      "float[] replacement) -> (Tensor query_of_target, Tensor target_of_query, Tensor cost, "
+      "Tensor status)");
 }

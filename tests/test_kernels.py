@@ -24,6 +24,8 @@ REGISTERS = {
     "generalized_box_iou_loss_backward_kernel": {"float": 40, "double": 56},
     "matched_box_losses_kernel": {"float": 32, "double": 40},
     "matched_box_losses_backward_kernel": {"float": 56, "double": 72},
+    "linear_sum_assignment_kernel": {"float": 112, "double": 112},
+    "hungarian_match_kernel": {"float": 128, "double": 152},
 }
 ENTRY = re.compile(
     r"entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"

@@ -6,8 +6,6 @@
 // torchvision's bit for bit.
 #pragma once
 
-#include <limits>
-
 #include "common/host_device.h"
 
 namespace detr_fast {
@@ -90,14 +88,11 @@ DETR_FAST_HOST_DEVICE T similarity(Box<T> a, Box<T> b, T eps) {
   return iou - ratio(o.hull - o.union_area, o.hull + eps);
 }
 
-template <typename T>
-constexpr T kInfinity = std::numeric_limits<T>::infinity();
-
 // 1 / value; 0 where that is infinite: an empty term is constant, its gradient 0.
 template <typename T>
 DETR_FAST_HOST_DEVICE T reciprocal(T value) {
   const T result = T(1) / value;
-  return result == kInfinity<T> || result == -kInfinity<T> ? T(0) : result;
+  return result == T(kInfinity) || result == -T(kInfinity) ? T(0) : result;
 }
 
 // The share of the gradient of max(a, b) that goes to a: one half at a tie, as in torch.maximum.
@@ -173,12 +168,18 @@ struct BoxLosses {
   T l1, giou;
 };
 
-// L1 distance, added from left to right, and 1 - GIoU of a pair given as centre and size (Carion et
-// al., ECCV 2020, equation 4 without its weights).
+// The sum of the distances of four coordinates, added from left to right.
+template <typename T>
+DETR_FAST_HOST_DEVICE T l1_distance(Box<T> a, Box<T> b) {
+  const T cx = a.x0 - b.x0, cy = a.y0 - b.y0, w = a.x1 - b.x1, h = a.y1 - b.y1;
+  return larger(cx, -cx) + larger(cy, -cy) + larger(w, -w) + larger(h, -h);
+}
+
+// L1 distance and 1 - GIoU of a pair given as centre and size (Carion et al., ECCV 2020, equation 4
+// without its weights).
 template <typename T>
 DETR_FAST_HOST_DEVICE BoxLosses<T> matched_box_losses(Box<T> src, Box<T> tgt) {
-  const T cx = src.x0 - tgt.x0, cy = src.y0 - tgt.y0, w = src.x1 - tgt.x1, h = src.y1 - tgt.y1;
-  return {larger(cx, -cx) + larger(cy, -cy) + larger(w, -w) + larger(h, -h),
+  return {l1_distance(src, tgt),
           1 - similarity<Hull::kClamped>(corners_of(src), corners_of(tgt), T(0))};
 }
 

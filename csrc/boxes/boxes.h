@@ -9,6 +9,7 @@
 
 #include "boxes/box_math.h"
 #include "common/checks.h"
+#include "common/layout.h"
 
 namespace detr_fast {
 
@@ -113,10 +114,6 @@ inline PairwiseGrad pairwise_grad(const Tensor& grad) {
   const int64_t leading = grad.dim() - 2, step = flat_step(grad, leading);
   if (step == -1) return pairwise_grad(torch::stable::contiguous(grad));
   return {grad, {step, grad.stride(leading), grad.stride(leading + 1)}};
-}
-
-inline Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Where a gradient goes: like `boxes`, or an empty tensor where nobody needs it.

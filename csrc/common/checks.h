@@ -48,9 +48,23 @@ inline void check_floating(const Tensor& tensor, const char* name) {
                   ": expected dtype Float or Double, got ", dtype, "; call ", name, ".float()");
 }
 
+inline void check_floating_or_half(const Tensor& tensor, const char* name) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  name, ": expected dtype Float, Double, Half or BFloat16, got ", dtype);
+}
+
 inline std::string device_string(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
   return (tensor.is_cuda() ? "cuda:" : "other:") + std::to_string(tensor.get_device_index());
+}
+
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& model,
+                         const char* model_name) {
+  STD_TORCH_CHECK(tensor.device() == model.device(), name, ": expected the device of ", model_name,
+                  ", ", device_string(model), ", got ", device_string(tensor));
 }
 
 // Checks that `tensor` has the element type and the device of `model`.
@@ -58,8 +72,7 @@ inline void check_alike(const Tensor& tensor, const char* name, const Tensor& mo
                         const char* model_name) {
   STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), name, ": expected the dtype of ",
                   model_name, ", ", model.scalar_type(), ", got ", tensor.scalar_type());
-  STD_TORCH_CHECK(tensor.device() == model.device(), name, ": expected the device of ", model_name,
-                  ", ", device_string(model), ", got ", device_string(tensor));
+  check_device(tensor, name, model, model_name);
 }
 
 }  // namespace detr_fast

@@ -14,11 +14,15 @@
 #define DETR_FAST_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (kernel)<<<(grid), (block), (shared_bytes), static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
-// Lets `kernel` be launched with up to `bytes` of dynamic shared memory on the current device; to
-// be called before a launch with more than 48 KiB. What goes wrong is reported by check_launch().
-#define DETR_FAST_ALLOW_SHARED(kernel, bytes)                                                   \
-  static_cast<void>(cudaFuncSetAttribute((kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
-                                         static_cast<int>(bytes)))
+// Lets `kernel`, which has no static shared memory, be launched with `bytes` of dynamic shared
+// memory on the current device. Where that is more than the 48 KiB that every kernel has, it opts
+// in to all there is: the setting is the kernel's, and less could be too little for another
+// thread's launch. What goes wrong is reported by check_launch().
+#define DETR_FAST_ALLOW_SHARED(kernel, bytes)                                         \
+  ((bytes) <= (48 << 10) ? void()                                                     \
+                         : static_cast<void>(cudaFuncSetAttribute(                    \
+                               (kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, \
+                               static_cast<int>(detr_fast::max_shared_bytes()))))
 
 // Declares `name`, a T* to the dynamic shared memory of the block.
 #define DETR_FAST_DYNAMIC_SHARED(T, name)                                   \

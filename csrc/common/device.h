@@ -37,6 +37,12 @@ class DeviceScope {
     return tensor.mutable_data_ptr<T>();
   }
 
+  // A tensor that the kernel writes, in part or not at all, and reads again.
+  template <typename T>
+  T* scratch(const Tensor& tensor) const {
+    return tensor.mutable_data_ptr<T>();
+  }
+
   void check_launch() const { STD_CUDA_KERNEL_LAUNCH_CHECK(); }
 
  private:

@@ -3,6 +3,9 @@
 // arguments on every comma of the body, those of template arguments and of <<<...>>> included.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "common/checks.h"
 
 namespace detr_fast {
@@ -12,6 +15,21 @@ namespace detr_fast {
 template <typename Body>
 void dispatch_floating(const Tensor& tensor, const Body& body) {
   if (tensor.scalar_type() == torch::headeronly::ScalarType::Double) {
+    body(double());
+  } else {
+    body(float());
+  }
+}
+
+// The same for an element type that check_floating_or_half has accepted.
+template <typename Body>
+void dispatch_floating_or_half(torch::headeronly::ScalarType type, const Body& body) {
+  using torch::headeronly::ScalarType;
+  if (type == ScalarType::Half) {
+    body(torch::headeronly::Half());
+  } else if (type == ScalarType::BFloat16) {
+    body(torch::headeronly::BFloat16());
+  } else if (type == ScalarType::Double) {
     body(double());
   } else {
     body(float());

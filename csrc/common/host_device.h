@@ -12,6 +12,8 @@
 
 namespace detr_fast {
 
+constexpr double kInfinity = __builtin_huge_val();
+
 // The smaller and the larger of two numbers; of a NaN and a number either may come out. Compares
 // are what GCC makes vector minima of, fmin is one instruction on a GPU.
 template <typename T>

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
-
-from detr_fast.matcher.packing import pack_targets
 
 
 class ImageBatch(NamedTuple):
@@ -77,62 +73,3 @@ def collate(
         return None
     images, targets = zip(*usable, strict=True)
     return pad_images(images), list(targets)
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The targets of B images, padded with zeros to a common number of boxes T.
-
-    T is 8, 16, 32, 64 and so on, so that shapes repeat from batch to batch.
-
-    Attributes:
-        labels (Tensor[B, T]): int64 classes.
-        boxes (Tensor[B, T, 4]): ``(cx, cy, w, h)`` relative to the image, in [0, 1].
-        count (Tensor[B]): int32, the number of boxes of each image.
-        count_host (tuple[int, ...]): the same, known without a copy from the device.
-    """
-
-    labels: Tensor
-    boxes: Tensor
-    count: Tensor
-    count_host: tuple[int, ...]
-
-    @classmethod
-    def from_list(cls, targets: Sequence[Mapping[str, Tensor]]) -> Targets:
-        """Pack the ``"labels"`` (n,) and ``"boxes"`` (n, 4) of each image; n may be 0.
-
-        Raises:
-            ValueError: if a key is missing or a shape or dtype does not fit; names image and key.
-        """
-        labels, boxes, counts = pack_targets(targets)
-        largest = labels.shape[1]
-        missing = max(8, 1 << (largest - 1).bit_length()) - largest
-        return cls(
-            pad(labels, (0, missing)),
-            pad(boxes, (0, 0, 0, missing)),
-            torch.tensor(counts, dtype=torch.int32, device=labels.device),
-            tuple(counts),
-        )
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        """Copy to a device; ``non_blocking`` counts where the memory is pinned."""
-        labels, boxes, count = (
-            t.to(device, non_blocking=non_blocking) for t in (self.labels, self.boxes, self.count)
-        )
-        return Targets(labels, boxes, count, self.count_host)
-
-    def pin_memory(self) -> Targets:
-        """Copy to page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
-        labels, boxes, count = (t.pin_memory() for t in (self.labels, self.boxes, self.count))
-        return Targets(labels, boxes, count, self.count_host)
-
-    def to_list(self) -> list[dict[str, Tensor]]:
-        """DETR's list of dicts with ``"labels"`` (n,) and ``"boxes"`` (n, 4): views, no copies."""
-        return [
-            {"labels": labels[:n], "boxes": boxes[:n]}
-            for labels, boxes, n in zip(self.labels, self.boxes, self.count_host, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.count_host)

@@ -12,8 +12,20 @@ from detr_fast.ops.boxes import (
     generalized_box_iou_loss,
     matched_box_losses,
 )
+from detr_fast.ops.matcher import (
+    ClassCost,
+    CostWeights,
+    Match,
+    MatchStatus,
+    hungarian_match,
+    linear_sum_assignment,
+)
 
 __all__ = [
+    "ClassCost",
+    "CostWeights",
+    "Match",
+    "MatchStatus",
     "backend",
     "box_area",
     "box_cxcywh_to_xyxy",
@@ -22,6 +34,8 @@ __all__ = [
     "check_boxes",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "hungarian_match",
+    "linear_sum_assignment",
     "matched_box_losses",
     "use_reference",
 ]

@@ -10,7 +10,7 @@ from detr_fast.reference.boxes import (
     generalized_box_iou_loss,
     matched_box_losses,
 )
-from detr_fast.reference.matcher import linear_sum_assignment
+from detr_fast.reference.matcher import hungarian_match, linear_sum_assignment
 
 __all__ = [
     "box_area",
@@ -19,6 +19,7 @@ __all__ = [
     "box_xyxy_to_cxcywh",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "hungarian_match",
     "linear_sum_assignment",
     "matched_box_losses",
 ]

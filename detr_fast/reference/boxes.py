@@ -104,15 +104,6 @@ def matched_box_losses(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:
     return (src - tgt).abs().sum(-1), 1 - _giou(*areas)
 
 
-def broadcast_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalized IoU of boxes whose leading dimensions broadcast: (..., 4), (..., 4) -> (...).
-
-    The published formula: NaN for a pair without area, which a matcher has to name.
-    """
-    intersection, union, hull = _areas(boxes1, boxes2)
-    return intersection / union - (hull - union) / hull
-
-
 def reduce(loss: Tensor, reduction: str) -> Tensor:
     """A loss as it is ("none"), its mean (0 of no elements), or its sum.
 

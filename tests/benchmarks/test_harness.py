@@ -90,6 +90,17 @@ def test_record_holds_ratio_rates_and_missing_peers(monkeypatch):
     assert quick["peers"]["slow"] == {"missing": "left out: starts slowly"}
 
 
+def test_ratio_under_the_floor_fails_a_run_that_is_not_quick(monkeypatch):
+    times = {"ours": Time(10.0, 0.1), "peer": Time(30.0, 0.1)}
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: times)
+    contenders = {name: Contender(lambda: ONE) for name in times}
+    contenders["absent"] = optional("no_such_module")
+    compare(case(floors={"peer": 3.0, "absent": 5.0}), setup(**contenders), CPU)
+    compare(case(floors={"peer": 3.1}), setup(**contenders), CPU, quick=True)
+    with pytest.raises(AssertionError, match=r"a case: 3\.0x of peer, the floor is 3\.1x"):
+        compare(case(floors={"peer": 3.1}), setup(**contenders), CPU)
+
+
 def test_record_of_a_gpu_tells_kernels_from_launches(monkeypatch):
     """A GPU is not needed to see what becomes of its times."""
 
@@ -147,7 +158,7 @@ def test_subject_that_fails_is_an_error_and_leaves_a_record(monkeypatch, capsys)
 def test_command_line_refuses_an_unknown_benchmark(capsys):
     with pytest.raises(SystemExit):
         harness.main(["nothing"])
-    assert "no benchmark 'nothing'; there are limits, boxes" in capsys.readouterr().err
+    assert "no benchmark 'nothing'; there are limits, assignment" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:.*kernel not used", "ignore:Both fused kernels")

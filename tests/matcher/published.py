@@ -25,23 +25,66 @@ def giou_matrix(boxes1, boxes2):
     return shared / union - (hull - union) / hull
 
 
-@torch.no_grad()
-def published_match(outputs, targets, cost_class, cost_bbox, cost_giou):
-    from scipy.optimize import linear_sum_assignment
+def softmax_cost(logits, labels):
+    """DETR: minus the probability, no-object among the columns."""
+    return -logits.softmax(-1)[:, labels]
 
+
+def focal_cost(alpha=0.25, gamma=2.0, eps=1e-8):
+    """Deformable DETR: what the focal loss would gain if the query took the class."""
+
+    def cost(logits, labels):
+        p = logits.sigmoid()[:, labels]
+        hit = alpha * (1 - p) ** gamma * -torch.log(p + eps)
+        miss = (1 - alpha) * p**gamma * -torch.log(1 - p + eps)
+        return hit - miss
+
+    return cost
+
+
+def focal_logits_cost(alpha=0.25):
+    """RF-DETR: the same of gamma 2, by log-sigmoid."""
+
+    def cost(logits, labels):
+        x = logits[:, labels]
+        p, log_sigmoid = x.sigmoid(), torch.nn.functional.logsigmoid
+        return (1 - alpha) * p**2 * log_sigmoid(-x) - alpha * (1 - p) ** 2 * log_sigmoid(x)
+
+    return cost
+
+
+@torch.no_grad()
+def published_cost(outputs, targets, cost_class, cost_bbox, cost_giou, class_cost=softmax_cost):
+    """(B, Q, n of all images): queries against the targets of every image."""
     batch, queries = outputs["pred_logits"].shape[:2]
-    probability = outputs["pred_logits"].flatten(0, 1).softmax(-1)
     boxes = outputs["pred_boxes"].flatten(0, 1)
     labels = torch.cat([t["labels"] for t in targets])
     target_boxes = torch.cat([t["boxes"] for t in targets])
     cost = (
         cost_bbox * torch.cdist(boxes, target_boxes, p=1)
-        + cost_class * -probability[:, labels]
+        + cost_class * class_cost(outputs["pred_logits"].flatten(0, 1), labels)
         + cost_giou * -giou_matrix(corners(boxes), corners(target_boxes))
     )
-    blocks = cost.view(batch, queries, -1).split([len(t["boxes"]) for t in targets], -1)
-    pairs = [linear_sum_assignment(block[image]) for image, block in enumerate(blocks)]
-    return [(torch.as_tensor(i), torch.as_tensor(j)) for i, j in pairs]
+    return cost.view(batch, queries, -1)
+
+
+def solve(cost, targets, groups=1):
+    """(B, Q, n of all images) -> pairs of each image, group after group, by scipy."""
+    from scipy.optimize import linear_sum_assignment
+
+    size = cost.shape[1] // groups
+    blocks = cost.split([len(t["labels"]) for t in targets], -1)
+    pairs = []
+    for image, block in enumerate(blocks):
+        parts = [linear_sum_assignment(part) for part in block[image].split(size)]
+        queries = [torch.as_tensor(i) + size * group for group, (i, _) in enumerate(parts)]
+        pairs.append((torch.cat(queries), torch.cat([torch.as_tensor(j) for _, j in parts])))
+    return pairs
+
+
+def published_match(outputs, targets, cost_class, cost_bbox, cost_giou, class_cost=softmax_cost):
+    weights = cost_class, cost_bbox, cost_giou
+    return solve(published_cost(outputs, targets, *weights, class_cost), targets)
 
 
 def random_boxes(*shape, generator, dtype=torch.float32):

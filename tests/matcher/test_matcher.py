@@ -63,11 +63,14 @@ def test_equals_published_when_targets_repeat():
 
 
 def test_equals_published_on_a_grid_of_ties():
-    """Few distinct costs: the order in which the L1 terms are added would already show."""
+    """Few distinct costs: the order in which the L1 terms are added would already show.
+
+    The probabilities, 1 / k or 0, are exact whatever the exponential function is.
+    """
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         boxes = torch.randint(1, 5, (2, 30, 4), generator=g) / 10
-        logits = torch.randint(3, (2, 30, 4), generator=g).float()
+        logits = 1e4 * torch.randint(2, (2, 30, 4), generator=g).float()
         targets = [
             {
                 "labels": torch.randint(3, (n,), generator=g),
@@ -96,8 +99,9 @@ def test_equals_published_on_random_problems():
         )
         counts = torch.randint(80, (images,), generator=g).tolist()
         outputs, targets = random_batch(counts, queries, classes, seed)
-        if seed % 2:  # a coarse grid: ties
-            outputs = {name: (4 * value).round() / 4 for name, value in outputs.items()}
+        if seed % 2:  # ties: boxes on a coarse grid, exact probabilities
+            outputs["pred_logits"] = 1e4 * (outputs["pred_logits"] > 0)
+            outputs["pred_boxes"] = (4 * outputs["pred_boxes"]).round() / 4
             outputs["pred_boxes"][..., 2:] += 0.25
         check(outputs, targets)
 
@@ -182,16 +186,12 @@ def test_padding_is_not_matched_nor_checked():
             r"image 2: .* in the term cost_bbox, cost_giou; target boxes hold",
         ),
         (
-            lambda o, t: (o["pred_boxes"][2, 0].fill_(0), t[2]["boxes"][0].fill_(0)),
-            r"image 2: .* in the term cost_giou; a predicted and a target box both have no area",
-        ),
-        (
             lambda o, t: t[2]["labels"][1].fill_(10),
             r"image 2: label 10 is outside of the 10 columns of pred_logits",
         ),
         (lambda o, t: t[1]["labels"][4].fill_(-1), r"image 1: label -1 is outside"),
     ],
-    ids=["logits", "boxes", "target", "points", "label", "negative"],
+    ids=["logits", "boxes", "target", "label", "negative"],
 )
 def test_names_what_is_not_finite(spoil, message):
     outputs, targets = random_batch([0, 7, 3], 20, 9)

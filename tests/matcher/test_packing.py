@@ -3,9 +3,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from detr_fast.matcher.packing import pack_targets
+from detr_fast.matcher.packing import Targets, pack_targets
 
 
 def target(labels, boxes):
@@ -46,6 +47,37 @@ def test_an_empty_integer_image_does_not_round_the_boxes_of_the_others(given, ex
     labels, boxes, _ = pack_targets([empty, full])
     assert labels.dtype == torch.int64
     assert_close(boxes[1], torch.tensor([BOX], dtype=expected))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_does_not_count(default):
+    targets = [target([3], [BOX]), target([1, 2], [BOX, BOX])]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        within = Targets.from_list(targets), pack_targets([])
+    finally:
+        torch.set_default_dtype(before)
+    for boxes in (within[0].boxes, within[1][1], Targets.from_list(targets).boxes):
+        assert boxes.dtype == torch.float32
+
+
+def test_nothing_is_kept_from_within_a_fake_mode():
+    """As torch.export has it."""
+    targets = [target([3], [BOX]), target([1, 2], [BOX, BOX])]
+    with FakeTensorMode() as mode:
+        Targets.from_list(
+            [{key: mode.from_tensor(t) for key, t in image.items()} for image in targets]
+        )
+    assert type(Targets.from_list(targets).labels) is torch.Tensor
+
+
+def test_labels_follow_the_boxes():
+    targets = [target([3], [BOX]), target([1, 2], [BOX, BOX])]
+    for image in targets:
+        image["boxes"] = image["boxes"].to("meta")
+    packed = Targets.from_list(targets)
+    assert packed.labels.device == packed.boxes.device == torch.device("meta")
 
 
 @pytest.mark.parametrize(

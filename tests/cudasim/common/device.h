@@ -30,6 +30,12 @@ class DeviceScope {
     return tensor.mutable_data_ptr<T>();
   }
 
+  template <typename T>
+  T* scratch(const Tensor& tensor) const {
+    track(tensor, "scratch", true);
+    return tensor.mutable_data_ptr<T>();
+  }
+
   void check_launch() const {
     for (const Tensor& output : outputs_) {
       const size_t bytes = cudasim::unwritten_bytes(output.const_data_ptr());

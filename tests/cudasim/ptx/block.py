@@ -13,6 +13,7 @@ from tests.cudasim.ptx.memory import Memory, PtxError
 from tests.cudasim.ptx.program import Address, Instruction, Kernel, Operand
 
 WARP = 32
+SHARED_WINDOW = 1 << 60  # where generic addresses find shared memory, beyond any of the host
 TYPES = {
     "pred": np.bool_,
     **{f"b{8 * size}": np.dtype(f"u{size}") for size in (1, 2, 4, 8)},
@@ -53,9 +54,10 @@ class Block:
         # what nobody has written reads as NaN
         shared = np.full(kernel.shared.size + launch.shared_bytes, 0xFF, np.uint8)
         local = np.full(count * kernel.local.size, 0xFF, np.uint8)
-        self.memory = launch.memory
         self.shared, self.local, self.parameters = Memory(), Memory(), Memory()
         self.shared.add(shared, "shared memory", writable=True, start=0)
+        self.memory = Memory([*launch.memory.regions])  # what generic addresses reach
+        self.memory.add(shared, "shared memory", writable=True, start=SHARED_WINDOW)
         self.local.add(local, "local memory", writable=True, start=0)
         self.parameters.add(launch.parameters, "the parameters", writable=False, start=0)
         parameters = {parameter.name: parameter.start for parameter in kernel.parameters}

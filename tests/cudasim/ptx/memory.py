@@ -22,8 +22,8 @@ class Region(NamedTuple):
 class Memory:
     """One address space: regions that a kernel may touch, each access checked."""
 
-    def __init__(self) -> None:
-        self.regions: list[Region] = []
+    def __init__(self, regions: list[Region] | None = None) -> None:
+        self.regions = regions or []
 
     def add(self, array: np.ndarray, name: str, writable: bool, start: int | None = None) -> int:
         """Let kernels touch `array`; its first address, that of the host unless given."""

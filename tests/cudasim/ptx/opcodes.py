@@ -8,7 +8,7 @@ import operator
 
 import numpy as np
 
-from tests.cudasim.ptx.block import TYPES, Block
+from tests.cudasim.ptx.block import SHARED_WINDOW, TYPES, Block
 from tests.cudasim.ptx.memory import PtxError
 from tests.cudasim.ptx.program import Instruction
 
@@ -60,7 +60,7 @@ ARITHMETIC = {
     "and": operator.and_,
     "or": operator.or_,
     "xor": operator.xor,
-    "cvta": lambda x: x,
+    "not": operator.invert,
 }
 
 
@@ -228,10 +228,20 @@ def atomic(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
 
 
 def insert_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    target, bits, into, start, length = instruction.operands
-    mask = np.uint32((1 << int(length)) - 1 << int(start))
-    bits, into = (block.value(operand, "b32", lanes) for operand in (bits, into))
-    block.put(target, into & ~mask | bits << np.uint32(start) & mask, lanes)
+    _, name, (target, bits, into, start, length), _ = instruction
+    bits, into = (block.value(operand, name[-1], lanes) for operand in (bits, into))
+    mask = bits.dtype.type((1 << int(length)) - 1 << int(start))
+    block.put(target, into & ~mask | bits << bits.dtype.type(start) & mask, lanes)
+
+
+def convert_address(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """cvta.space: to a generic address; cvta.to.space: back. Those of global memory are alike."""
+    _, name, (target, source), where = instruction
+    if name[-2] not in ("global", "shared"):
+        raise NotImplementedError(where)
+    address = block.value(source, name[-1], lanes)
+    window = address.dtype.type(SHARED_WINDOW if name[-2] == "shared" else 0)
+    block.put(target, address - window if "to" in name else address + window, lanes)
 
 
 BITS = {
@@ -262,6 +272,7 @@ EXECUTE = {
     "selp": select,
     "cvt": convert,
     "mov": move,
+    "cvta": convert_address,
     "ld": load,
     "st": store,
     "bfi": insert_bits,

@@ -74,11 +74,14 @@ INTEGER = {
     "and.b32 %r2, %r0, %r1": lambda x, y: x & y,
     "or.b32 %r2, %r0, %r1": lambda x, y: x | y,
     "xor.b32 %r2, %r0, 0xff": lambda x, y: x ^ 255,
+    "not.b32 %r2, %r0": lambda x, y: ~x,
     "shl.b32 %r2, %r0, 3": lambda x, y: x << 3,
     "shr.s32 %r2, %r0, 40": lambda x, y: x >> 31,
     "shr.u32 %r2, %r0, 4": lambda x, y: x.view(np.uint32) >> 4,
     "shr.u32 %r2, %r0, 32": lambda x, y: x * 0,
     "bfi.b32 %r2, %r0, %r1, 4, 8": lambda x, y: y & ~0xFF0 | (x & 0xFF) << 4,
+    "mov.b64 %l0, {%r0, %r1}; mov.b64 %l1, {%r1, %r1}; bfi.b64 %l0, %l1, %l0, 32, 32;"
+    "mov.b64 {%r3, %r2}, %l0": lambda x, y: y,
     "popc.b32 %r2, %r0": lambda x, y: [f"{int(v) & 0xFFFFFFFF:b}".count("1") for v in x],
     "clz.b32 %r2, %r0": lambda x, y: [32 - (int(v) & 0xFFFFFFFF).bit_length() for v in x],
     "brev.b32 %r2, %r0": lambda x, y: reversed_bits(x),
@@ -103,6 +106,9 @@ INTEGER = {
     "cvt.u16.u32 %h0, %r0; cvt.s32.s16 %r2, %h0": lambda x, y: x.astype(np.int16),
     "cvt.rn.f32.s32 %f0, %r1; cvt.rzi.s32.f32 %r2, %f0": lambda x, y: y,
     "cvta.to.global.u64 %a3, %a0; ld.global.s8 %r2, [%a3]": lambda x, y: x.astype(np.int8),
+    ".shared .align 4 .b8 cells[128]; mov.u64 %a3, cells; mad.wide.u32 %a3, %r3, 4, %a3;"
+    "cvta.shared.u64 %l0, %a3; st.b32 [%l0], %r0; cvta.to.shared.u64 %a3, %l0;"
+    "ld.shared.b32 %r2, [%a3]": lambda x, y: x,
     "mov.b64 %l0, {%r0, %r1}; mov.b64 {%r3, %r2}, %l0": lambda x, y: y,
     "{ .reg .b32 %r2; mov.u32 %r2, 5; add.s32 %r0, %r0, %r2; } mov.u32 %r2, %r0": (
         lambda x, y: x + 5

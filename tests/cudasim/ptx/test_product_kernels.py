@@ -8,9 +8,13 @@ import torch
 from torch.testing import assert_close
 
 import detr_fast
+from detr_fast.ops import hungarian_match, linear_sum_assignment
 from tests.cudasim.ptx import Memory
 from tests.cudasim.ptx.emit import product_kernels, toolkit
 from tests.cudasim.ptx.interpreted import interpreted
+from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled
+from tests.ops.assignment_problems import problems
+from tests.ops.match_cases import CLASS_COSTS, DETR, assert_same_match, random_case
 
 # nvcc contracts products and sums; sums are added in another order
 TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 1e-5}, torch.float64: {}}
@@ -68,8 +72,67 @@ def test_emitted_kernel_equals_the_cpu_op(home, case, dtype):
     assert_close(ours, values_and_gradients(case, dtype), **TOLERANCE[dtype])
 
 
+# options of linear_sum_assignment, the most shared memory: none needs a workspace, or all do
+ASSIGNMENTS = [
+    (options, most)
+    for options in ((), (("ties", "scipy"),), (("algorithm", "auction"),))
+    for most in (MAX_SHARED_BYTES, 200)
+]
+
+
+@functools.cache
+def assign_on_ptx(options, most, dtype, home):
+    """Ties and an augmentation; an odd count; costs that are not finite."""
+    cost, count = problems("integers", 3, 9, 5, dtype=dtype), torch.tensor([5, 3, 4])
+    cost[2, 3, 1] = torch.nan
+    arguments = {"cost": cost, "count": count, "non_finite": "worst", **dict(options)}
+    with scheduled(max_shared_bytes=most), interpreted(home) as interpreter:
+        found = linear_sum_assignment(**arguments)
+    return found, linear_sum_assignment(**arguments), interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("options", "most"), ASSIGNMENTS)
+def test_emitted_assignment_equals_the_cpu_op(home, options, most, dtype):
+    found, expected, launched = assign_on_ptx(options, most, dtype, home)
+    assert launched
+    assert_close(found, expected)
+
+
+# class cost, ties, the most shared memory; the interpreter has no pow, which the others call
+MATCHES = [
+    (class_cost, ties, most)
+    for class_cost in ("softmax", "focal", "focal_logits")
+    for ties in ("any", "scipy")
+    for most in (MAX_SHARED_BYTES, 200)
+]
+
+
+@functools.cache
+def match_on_ptx(class_cost, ties, most, dtype, home):
+    """More queries than targets and fewer, a cost that is not finite, an image without targets."""
+    logits, boxes, targets = random_case([3, 0, 7], 10, layers=1, columns=5)
+    boxes[0, 0, 3, 2] = torch.nan
+    case = logits.to(dtype), boxes.bfloat16(), targets, DETR, CLASS_COSTS[class_cost]
+    options = {"groups": 2, "ties": ties, "non_finite": "worst"}
+    with scheduled(max_shared_bytes=most), interpreted(home) as interpreter:
+        found = hungarian_match(*case, **options)
+    return found, hungarian_match(*case, **options), interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("class_cost", "ties", "most"), MATCHES)
+def test_emitted_match_equals_the_cpu_op(home, class_cost, ties, most, dtype):
+    found, expected, launched = match_on_ptx(class_cost, ties, most, dtype, home)
+    assert launched
+    assert_same_match(found, expected)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
+    for dtype in (torch.float32, torch.float64):
+        launched |= set().union(*(assign_on_ptx(*case, dtype, home)[2] for case in ASSIGNMENTS))
+        launched |= set().union(*(match_on_ptx(*case, dtype, home)[2] for case in MATCHES))
     assert launched == set(product_kernels(home))
 
 

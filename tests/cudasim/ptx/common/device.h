@@ -34,6 +34,12 @@ class DeviceScope {
     return tensor.mutable_data_ptr<T>();
   }
 
+  template <typename T>
+  T* scratch(const Tensor& tensor) const {
+    track(tensor, "scratch", true);
+    return tensor.mutable_data_ptr<T>();
+  }
+
   void check_launch() const {}
 
  private:
