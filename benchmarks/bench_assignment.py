@@ -2,8 +2,7 @@
 """The assignment alone: all solvers on the same costs, in one call or problem by problem.
 
 Ragged problems are those of six layers and 16 images, at the sizes of DETR, Deformable DETR and
-DINO, and of a crowded scene; uniform ones have no padding, some as many targets as queries, where
-an auction might win.
+DINO; uniform ones have no padding, some as many targets as queries, where an auction might win.
 """
 
 import functools
@@ -17,9 +16,10 @@ from benchmarks.harness import Case, Contender, Missing, Setup, optional, within
 from benchmarks.problems import random_batch, scipy_solver, total_costs
 from detr_fast import ops, reference
 
-SIZES = [(100, 7), (300, 20), (300, 100), (900, 50)]
-KINDS = ["fresh", "trained", "collapsed"]
+SIZES = [(100, 7), (300, 20), (900, 50)]
+KINDS = ["fresh", "collapsed"]
 RANDOM = [(1, 100, 7), (208, 300, 100), (8, 100, 100), (8, 300, 300)]
+MOST_ON_CPU = 32  # problems: some peers take a second for more
 TOTALS = within(rtol=1e-6, atol=1e-5)
 
 
@@ -31,6 +31,7 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
             build = functools.partial(ragged, device, queries, targets, kind)
             result.append(Case(f"96 problems {queries}x{targets}, {kind}", build, TOTALS))
     for problems, queries, targets in RANDOM[:1] if quick else RANDOM:
+        problems = min(problems, MOST_ON_CPU) if device.type == "cpu" else problems
         build = functools.partial(uniform, device, problems, queries, targets)
         result.append(Case(f"{problems} problems {queries}x{targets}, random", build, TOTALS))
     return result

@@ -66,8 +66,8 @@ def random_batch(
     """A batch with `targets` targets an image on average."""
     generator = torch.Generator().manual_seed(queries + targets)
     draw = functools.partial(torch.rand, generator=generator)
-    spread = -torch.log1p(-draw(images))  # exponential, mean 1
-    counts = (targets * spread).round().clamp(1, 3 * targets).long().tolist()
+    spread = -torch.log1p(-draw(images))  # exponential
+    counts = (targets * spread / spread.mean()).round().clamp(1, 3 * targets).long().tolist()
     listed = [
         {
             "labels": torch.randint(CLASSES, (n,), generator=generator),

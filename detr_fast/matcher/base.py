@@ -120,8 +120,10 @@ def host_pairs(match: Match, counts: Sequence[int]) -> tuple[list[Pairs], Tensor
     Raises:
         ValueError: if a problem has no result.
     """
-    both = match.target_of_query.flatten(), match.status.flatten()
-    found, status = torch.cat(both).cpu().split([part.size(0) for part in both])
+    found, status = match.target_of_query.flatten(), match.status.flatten()
+    if not status.is_cpu:
+        both = torch.cat((found, status)).cpu()
+        found, status = both.split_with_sizes([found.size(0), status.size(0)])
     _, queries, groups, _ = match.sizes
     sizes = [groups * min(of_layer // groups, count) for of_layer in queries for count in counts]
     width = max(1, match.target_of_query.size(2))
