@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A training step never waits for the device: on a GPU, and by its operators without one."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from detr_fast.engine.train import train_step
 from detr_fast.models.detr import build_detr
 from tests.engine.sync_guard import WaitsForTheDeviceError, no_sync
 
-META, CLASSES = torch.device("meta"), 4
+CLASSES = 4
 RECIPES = {
     "default": "",
     "original model": "--model detr_resnet50 --backbone_weights none --dropout 0.1",
@@ -27,10 +28,17 @@ RECIPES = {
 
 
 @pytest.fixture
-def fused_on_meta(monkeypatch):
-    """The optimizer's constructor does not know that its kernel is there for meta tensors."""
-    module = "torch.optim.optimizer._get_fused_kernels_supported_devices"
-    monkeypatch.setattr(module, lambda: ["cpu", "cuda", "meta"])
+def meta(monkeypatch):
+    """Autocast and the optimizer's constructor do not know meta tensors; their operators do."""
+    fused = "torch.optim.optimizer._get_fused_kernels_supported_devices"
+    monkeypatch.setattr(fused, lambda: ["meta"])
+    autocast = torch.autocast
+
+    def known(device_type, **options):
+        return nullcontext() if device_type == "meta" else autocast(device_type, **options)
+
+    monkeypatch.setattr(torch, "autocast", known)
+    return torch.device("meta")
 
 
 class Training:
@@ -90,8 +98,8 @@ def test_a_step_does_not_wait_for_a_gpu(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_no_operator_of_a_step_waits(recipe, fused_on_meta):
-    training = Training(META, RECIPES[recipe])
+def test_no_operator_of_a_step_waits(recipe, meta):
+    training = Training(meta, RECIPES[recipe])
     for _ in range(4):
         calls = training.guarded_step()
     assert calls[torch.ops.detr_fast.set_loss] == 1
@@ -125,8 +133,8 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_the_guard_finds_what_waits_in_the_model(planted, fused_on_meta):
-    training = Training(META)
+def test_the_guard_finds_what_waits_in_the_model(planted, meta):
+    training = Training(meta)
     training.learner.model.class_embed.register_forward_hook(
         lambda module, args, output: PLANTED[planted](output) and None
     )
@@ -135,22 +143,22 @@ def test_the_guard_finds_what_waits_in_the_model(planted, fused_on_meta):
 
 
 @pytest.mark.parametrize("planted", ["item", "mask", "torch.tensor"])
-def test_the_guard_finds_what_waits_in_the_criterion(planted, fused_on_meta):
+def test_the_guard_finds_what_waits_in_the_criterion(planted, meta):
     class Planted(SetCriterion):
         def forward(self, outputs, targets):
             losses = super().forward(outputs, targets)
             PLANTED[planted](losses["loss_ce"].reshape(1))
             return losses
 
-    training = Training(META)
+    training = Training(meta)
     training.criterion.__class__ = Planted
     with pytest.raises(WaitsForTheDeviceError):
         training.guarded_step()
 
 
 @pytest.mark.parametrize("planted", ["item", "mask", "torch.tensor"])
-def test_the_guard_finds_what_waits_in_the_backward_pass(planted, fused_on_meta):
-    training = Training(META)
+def test_the_guard_finds_what_waits_in_the_backward_pass(planted, meta):
+    training = Training(meta)
     training.learner.model.class_embed.weight.register_hook(
         lambda gradient: PLANTED[planted](gradient) and None
     )
@@ -158,15 +166,15 @@ def test_the_guard_finds_what_waits_in_the_backward_pass(planted, fused_on_meta)
         training.guarded_step()
 
 
-def test_what_the_loop_adds_does_not_grow_with_layers_or_images(fused_on_meta):
+def test_what_the_loop_adds_does_not_grow_with_layers_or_images(meta):
     """Total, metrics and optimizer; the parameters are as many in both."""
 
     def added(layers, images):
-        training = Training(META, layers=2, images=images)
+        training = Training(meta, layers=2, images=images)
         learner, parameters = training.learner, list(training.learner.model.parameters())
         learner.config = replace(learner.config, clip_max_norm=0.1)
         suffixes = ["", *(f"_{i}" for i in range(layers - 1))]
-        table = torch.zeros(len(suffixes), 3, device=META)
+        table = torch.zeros(len(suffixes), 3, device=meta)
         names = [[f"{n}{s}" for n in ("loss_ce", "loss_bbox", "loss_giou")] for s in suffixes]
         losses = {
             name: value
