@@ -48,4 +48,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETR_FAST_NAMESPACE, m) {
       "float[] class_options, int groups, int repeat, bool scipy_ties, int non_finite, "
       "float[] replacement) -> (Tensor query_of_target, Tensor target_of_query, Tensor cost, "
       "Tensor status)");
+  // All losses of L layers (B, Q, C), (B, Q, 4) that are matched; what the gradient needs
+  m.def(
+      "set_loss(Tensor[] logits, Tensor[] boxes, Tensor labels, Tensor target_boxes, "
+      "Tensor count, Tensor target_of_query, Tensor? status, Tensor? class_weight, "
+      "Tensor? num_boxes, int class_loss, float alpha, float gamma) -> (Tensor losses, "
+      "Tensor softmax, Tensor divisor)");
+  // Gradients of logits and boxes from (L, 5); no tensors where not needed
+  m.def(
+      "set_loss_backward(Tensor grad, Tensor[] logits, Tensor[] boxes, Tensor labels, "
+      "Tensor target_boxes, Tensor count, Tensor target_of_query, Tensor? class_weight, "
+      "Tensor softmax, Tensor divisor, int class_loss, float alpha, float gamma, "
+      "bool needs_logits, bool needs_boxes) -> (Tensor[] grad_logits, Tensor[] grad_boxes)");
 }

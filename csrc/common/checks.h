@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <sstream>
 #include <string>
+#include <vector>
 
 namespace detr_fast {
 
@@ -73,6 +74,17 @@ inline void check_alike(const Tensor& tensor, const char* name, const Tensor& mo
   STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), name, ": expected the dtype of ",
                   model_name, ", ", model.scalar_type(), ", got ", tensor.scalar_type());
   check_device(tensor, name, model, model_name);
+}
+
+// Checks that a layer's input has the element type and the device of the first one.
+inline void check_layer(const std::vector<Tensor>& layers, size_t layer, const char* list,
+                        const std::vector<int64_t>& sizes, const Tensor& logits) {
+  const std::string name = std::string(list) + "[" + std::to_string(layer) + "]";
+  check_floating_or_half(layers[layer], name.c_str());
+  check_shape(layers[layer], name.c_str(), sizes);
+  const std::string first = std::string(list) + "[0]";
+  check_alike(layers[layer], name.c_str(), layers[0], first.c_str());
+  check_device(layers[layer], name.c_str(), logits, "logits[0]");
 }
 
 }  // namespace detr_fast

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include "common/checks.h"
+#include "common/element.h"
 
 namespace detr_fast {
 
@@ -33,6 +34,21 @@ void dispatch_floating_or_half(torch::headeronly::ScalarType type, const Body& b
     body(double());
   } else {
     body(float());
+  }
+}
+
+// That element type as kernels know it.
+inline ElementType element_type(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return ElementType::kDouble;
+    case ScalarType::Half:
+      return ElementType::kHalf;
+    case ScalarType::BFloat16:
+      return ElementType::kBFloat16;
+    default:
+      return ElementType::kFloat;
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "boxes/box_math.h"
+#include "common/element.h"
 #include "common/elementary.h"
 #include "common/host_device.h"
 #include "matcher/options.h"
@@ -23,12 +24,6 @@ struct CostFormula {
   ClassCostKind kind;
   scalar_t alpha, one_less_alpha, gamma, eps;
   scalar_t class_weight, bbox_weight, giou_weight;
-};
-
-// A tensor (images, queries, columns) of some element type, in any strides.
-struct LayerInput {
-  const void* data;
-  int64_t image_step, query_step, column_step;
 };
 
 // What one decoder layer is matched by.

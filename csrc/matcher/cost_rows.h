@@ -5,30 +5,15 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
+#include "common/element.h"
 #include "common/multiversion.h"
+#include "common/softmax_row.h"
 #include "matcher/cost.h"
 
 namespace detr_fast {
 namespace {
-
-// Numbers that one step of a vector loop handles; rows are padded to an odd multiple of it, which
-// spreads a column over the sets of a cache.
-constexpr int kLanes = 16;
-
-constexpr int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
-
-// float for half and bfloat16, else the type itself
-template <typename source_t>
-using arithmetic_t = std::conditional_t<std::is_same_v<source_t, double>, double, float>;
-
-// An element of any of the four types as float or double.
-template <typename scalar_t, typename source_t>
-DETR_FAST_HOST_DEVICE scalar_t as(source_t value) {
-  return static_cast<scalar_t>(static_cast<arithmetic_t<source_t>>(value));
-}
 
 // Rows of one length, at equal distances.
 template <typename scalar_t>
@@ -141,25 +126,8 @@ DETR_FAST_MULTIVERSION void softmax_rows(QueryInput<source_t> logits, int querie
     } else {
       for (int c = 0; c < columns; ++c) buffer[c] = as<scalar_t>(logit[c * logits.column_step]);
     }
-    scalar_t lanes[kLanes];
-    for (int k = 0; k < kLanes; ++k) lanes[k] = -infinity;
-    for (int c = 0; c < filled; c += kLanes) {
-      for (int k = 0; k < kLanes; ++k) lanes[k] = larger(buffer[c + k], lanes[k]);
-    }
-    scalar_t most = lanes[0];
-    for (int k = 1; k < kLanes; ++k) most = larger(lanes[k], most);
-    // a NaN that the maximum has passed over comes back in the sum
-    for (int k = 0; k < kLanes; ++k) lanes[k] = 0;
-    for (int c = 0; c < filled; c += kLanes) {
-      for (int k = 0; k < kLanes; ++k) {
-        buffer[c + k] = exponential(buffer[c + k] - most);
-        lanes[k] += buffer[c + k];
-      }
-    }
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-    }
-    sums[q] = lanes[0];
+    const scalar_t most = largest_of_row(buffer, filled);
+    sums[q] = exponentials_of_row(buffer, filled, most);
     for (int i = 0; i < count; ++i) {
       const bool known = labels[i] >= 0 && labels[i] < columns;
       rows.data[size_t(i) * rows.stride + q] = known ? buffer[labels[i]] : infinity - infinity;

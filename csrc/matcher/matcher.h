@@ -57,17 +57,6 @@ CostFormula<scalar_t> formula_as(const CostFormula<double>& f) {
           scalar_t(f.giou_weight)};
 }
 
-// Checks that a layer's input has the element type and the device of the first one.
-inline void check_layer(const std::vector<Tensor>& layers, size_t layer, const char* list,
-                        const std::vector<int64_t>& sizes, const Tensor& logits) {
-  const std::string name = std::string(list) + "[" + std::to_string(layer) + "]";
-  check_floating_or_half(layers[layer], name.c_str());
-  check_shape(layers[layer], name.c_str(), sizes);
-  const std::string first = std::string(list) + "[0]";
-  check_alike(layers[layer], name.c_str(), layers[0], first.c_str());
-  check_device(layers[layer], name.c_str(), logits, "logits[0]");
-}
-
 inline CostFormula<double> check_formula(const std::vector<double>& weights, int64_t class_cost,
                                          const std::vector<double>& class_options,
                                          bool has_extra_cost) {
@@ -144,10 +133,6 @@ inline MatchProblems check_match(const MatchInputs& inputs, const std::vector<do
           scipy_ties ? Ties::kScipy : Ties::kAny,
           check_non_finite(non_finite, replacement),
           check_formula(weights, class_cost, class_options, !extra_cost.empty())};
-}
-
-inline LayerInput layer_input(const void* data, const Tensor& tensor) {
-  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
 struct MatchOutputs {

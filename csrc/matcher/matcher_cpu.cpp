@@ -132,6 +132,7 @@ struct HungarianMatch {
         problems.ties == Ties::kScipy ? place_state<Ties::kScipy> : place_state<Ties::kAny>;
     const auto solve_by =
         problems.ties == Ties::kScipy ? solve<Ties::kScipy, scalar_t> : solve<Ties::kAny, scalar_t>;
+    // an odd multiple of a vector's numbers spreads a column over the sets of a cache
     const int stride = padded(size) | kLanes;
     const size_t labels = images[image].labels.size();
     const size_t transposed = shape.targets_are_rows ? 0 : size_t(shape.rows) * shape.columns;

@@ -17,20 +17,6 @@
 namespace detr_fast {
 namespace {
 
-ElementType element_type(const Tensor& tensor) {
-  using torch::headeronly::ScalarType;
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return ElementType::kDouble;
-    case ScalarType::Half:
-      return ElementType::kHalf;
-    case ScalarType::BFloat16:
-      return ElementType::kBFloat16;
-    default:
-      return ElementType::kFloat;
-  }
-}
-
 // The data of a tensor of any of the four types.
 const void* read(const DeviceScope& device, const Tensor& tensor) {
   const void* data = nullptr;

@@ -12,6 +12,7 @@ from detr_fast.ops.boxes import (
     generalized_box_iou_loss,
     matched_box_losses,
 )
+from detr_fast.ops.criterion import ClassLoss, set_loss
 from detr_fast.ops.matcher import (
     ClassCost,
     CostWeights,
@@ -23,6 +24,7 @@ from detr_fast.ops.matcher import (
 
 __all__ = [
     "ClassCost",
+    "ClassLoss",
     "CostWeights",
     "Match",
     "MatchStatus",
@@ -37,5 +39,6 @@ __all__ = [
     "hungarian_match",
     "linear_sum_assignment",
     "matched_box_losses",
+    "set_loss",
     "use_reference",
 ]

@@ -10,6 +10,7 @@ from detr_fast.reference.boxes import (
     generalized_box_iou_loss,
     matched_box_losses,
 )
+from detr_fast.reference.criterion import set_loss
 from detr_fast.reference.matcher import hungarian_match, linear_sum_assignment
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "hungarian_match",
     "linear_sum_assignment",
     "matched_box_losses",
+    "set_loss",
 ]

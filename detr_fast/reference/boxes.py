@@ -104,6 +104,12 @@ def matched_box_losses(src: Tensor, tgt: Tensor) -> tuple[Tensor, Tensor]:
     return (src - tgt).abs().sum(-1), 1 - _giou(*areas)
 
 
+def matched_iou(src: Tensor, tgt: Tensor) -> Tensor:
+    """IoU of matched pairs, boxes as centre and size: (..., 4), (..., 4) -> (...)."""
+    intersection, union, _ = _areas(box_cxcywh_to_xyxy(src), box_cxcywh_to_xyxy(tgt))
+    return _ratio(intersection, union)
+
+
 def reduce(loss: Tensor, reduction: str) -> Tensor:
     """A loss as it is ("none"), its mean (0 of no elements), or its sum.
 
