@@ -6,32 +6,26 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from detr_fast.criterion import SetCriterion
 from detr_fast.matcher.packing import Targets
 
 
 def packed_targets(
-    targets: Sequence[Mapping[str, Tensor]], num_classes: int, device: torch.device
+    targets: Sequence[Mapping[str, Tensor]], criterion: SetCriterion, device: torch.device
 ) -> Targets:
-    """Pack the targets of a batch and check them where that costs nothing: before they travel.
+    """Pack the targets of a batch, and check them where that costs nothing: before they travel.
 
     Args:
         targets (Sequence[Mapping]): for each image ``"labels"`` (Tensor[n]) and ``"boxes"``
             (Tensor[n, 4]), on the CPU.
-        num_classes (int): the largest label + 1.
+        criterion (SetCriterion): knows the classes.
         device (torch.device): where they will go; for CUDA they are in page-locked memory.
 
     Raises:
         ValueError: if a label is out of range, a key is missing or a shape does not fit.
     """
     packed = Targets.from_list(targets)
-    outside = (packed.labels < 0) | (packed.labels >= num_classes)  # what pads is 0
-    if outside.any():
-        image, index = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"image {int(targets[image].get('image_id', image))}: label "
-            f"{int(packed.labels[image, index])} is outside of [0, {num_classes}): look at the "
-            "categories of its annotations"
-        )
+    criterion.check_labels(packed)
     return packed.pin_memory() if device.type == "cuda" else packed
 
 

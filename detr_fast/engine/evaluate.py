@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import Config
-from detr_fast.criterion import SetCriterion
+from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.batch import image_ids, packed_targets
 from detr_fast.engine.build import (
@@ -35,40 +35,6 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     result: CocoResult
     samples: dict[int, dict[str, Tensor]]  # image id -> detections, of the first images
-
-
-def criterion_losses(
-    criterion: SetCriterion, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """All loss terms.
-
-    Raises:
-        TrainingDivergedError: if the predictions are not finite.
-    """
-    try:
-        return criterion(outputs, targets)
-    except ValueError as error:  # of the matcher, which cannot order such costs
-        if all(outputs[name].isfinite().all() for name in ("pred_logits", "pred_boxes")):
-            raise
-        raise TrainingDivergedError(
-            f"the predictions are not finite ({error}): lower --lr, or go on from an earlier "
-            "checkpoint"
-        ) from error
-
-
-def weighted_losses(
-    losses: dict[str, Tensor], weights: dict[str, float]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss, and all terms under the names that DETR logs them with.
-
-    Returns:
-        tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
-        name, and every term unweighted as ``<name>_unscaled``.
-    """
-    scaled = {name: loss * weights[name] for name, loss in losses.items() if name in weights}
-    unscaled = {f"{name}_unscaled": loss.detach() for name, loss in losses.items()}
-    total = torch.stack(list(scaled.values())).sum()
-    return total, {name: loss.detach() for name, loss in scaled.items()} | unscaled
 
 
 @torch.no_grad()
@@ -117,11 +83,9 @@ def evaluate(
         if batch is None:
             continue
         images, targets = batch
-        packed = packed_targets(targets, criterion.num_classes, device)
+        packed = packed_targets(targets, criterion, device)
         outputs = model(images.to(device, non_blocking=True))
-        losses = criterion_losses(
-            criterion, outputs, packed.to(device, non_blocking=True).to_list()
-        )
+        losses = criterion(outputs, packed.to(device, non_blocking=True))
         total, terms = weighted_losses(losses, criterion.weight_dict)
         if not total.isfinite():
             values = {name: value.item() for name, value in {"loss": total, **terms}.items()}

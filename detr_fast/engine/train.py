@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detr_fast.config import Config, UsageError
-from detr_fast.criterion import SetCriterion
+from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.batch import ImageBatch
 from detr_fast.engine.batch import image_ids, packed_targets
 from detr_fast.engine.build import (
@@ -27,12 +27,7 @@ from detr_fast.engine.build import (
 )
 from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.diagnose import why_no_ap
-from detr_fast.engine.evaluate import (
-    criterion_losses,
-    evaluate,
-    per_class_lines,
-    weighted_losses,
-)
+from detr_fast.engine.evaluate import evaluate, per_class_lines
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.engine.metrics import DivergenceWatch, StepMetrics, lateness_on
 from detr_fast.engine.optim import Learner, freeze, training_mode
@@ -93,8 +88,7 @@ def train_step(
         dict[str, Tensor]: numbers for the log, 0-dim on the device; see `StepMetrics.add`.
     """
     outputs = learner.model(images.to(device, non_blocking=True))
-    targets = targets.to(device, non_blocking=True)
-    losses = criterion_losses(criterion, outputs, targets.to_list())
+    losses = criterion(outputs, targets.to(device, non_blocking=True))
     total, terms = weighted_losses(losses, criterion.weight_dict)
     learner.learn(total, batch, batches)
     values = {"class_error": losses["class_error"], "loss": total.detach(), **terms}
@@ -143,7 +137,7 @@ def train_one_epoch(
     log, batches = metrics.log, len(loader)
     lines = log.log_every(loader, print_freq, f"Epoch: [{epoch}]", first, metrics.turn)
     for batch, (images, targets) in enumerate(lines, first):
-        packed = packed_targets(targets, criterion.num_classes, device)
+        packed = packed_targets(targets, criterion, device)
         values = train_step(learner, criterion, images, packed, device, batch, batches)
         metrics.add(batch, image_ids(targets), values)
         log.update(lr=learner.rate)
