@@ -18,8 +18,9 @@ from detr_fast.config import UsageError, configure, output_dir, parse
 from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import stored_flags
 from detr_fast.engine.check import check_data
-from detr_fast.engine.evaluate import TrainingDivergedError, evaluate_checkpoint
+from detr_fast.engine.evaluate import evaluate_checkpoint
 from detr_fast.engine.log import say
+from detr_fast.engine.metrics import TrainingDivergedError
 from detr_fast.engine.resume import newest_checkpoint
 from detr_fast.engine.train import fit
 from detr_fast.models.checkpoint import CheckpointError, read_checkpoint

@@ -85,6 +85,7 @@ class Config:
     lr_drop: float = flag(200, "epochs after which the learning rates are divided by 10; below 1: share of --epochs", "optimisation")
     clip_max_norm: float = flag(0.1, "largest norm of the gradient; 0 leaves it alone", "optimisation")
     accumulate_steps: int = flag(1, "forward passes whose gradients are averaged for one update", "optimisation")
+    max_skipped_steps: int = flag(10, "updates in a row without a finite loss and gradient after which training stops; fewer are left out and said", "optimisation")
     warmup_steps: int = flag(0, "updates over which the learning rates rise from 0", "optimisation")
     ema_decay: float = flag(0, "evaluate a moving average of the weights with this decay, e.g. 0.9997; 0: off", "optimisation")
     patience: int = flag(0, "stop after this many epochs without a better AP; 0: off", "optimisation")
@@ -314,6 +315,7 @@ def _check(config: Config) -> None:
     least |= {"start_epoch": 0, "lr": 0, "lr_backbone": 0, "weight_decay": 0, "clip_max_norm": 0}
     least |= {"accumulate_steps": 1, "warmup_steps": 0, "ema_decay": 0, "patience": 0, "seed": 0}
     least |= {"checkpoint_steps": 0, "keep_checkpoints": 1, "image_size": 32}
+    least |= {"max_skipped_steps": 1}
     for entry in fields(Config):
         if entry.type is float and not math.isfinite(getattr(config, entry.name)):
             value = getattr(config, entry.name)

@@ -169,7 +169,7 @@ def class_names_of(checkpoint: dict[str, Any]) -> dict[int, str] | None:
 
 
 def build_criterion(config: Config, num_classes: int) -> SetCriterion:
-    """DETR's losses with the weights of the flags."""
+    """DETR's losses with the weights of the flags; NaN where a matching cost is not finite."""
     weights = loss_weights(
         config.dec_layers,
         config.aux_loss,
@@ -182,4 +182,5 @@ def build_criterion(config: Config, num_classes: int) -> SetCriterion:
         weight_dict=weights,
         eos_coef=config.eos_coef,
         losses=["labels", "boxes", "cardinality"],
+        raise_non_finite=False,
     )

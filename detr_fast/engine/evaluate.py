@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from detr_fast.config import Config
-from detr_fast.criterion import SetCriterion
+from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.annotations import DatasetError
+from detr_fast.engine.batch import image_ids, packed_targets
 from detr_fast.engine.build import (
     build_criterion,
     build_device,
@@ -22,6 +23,7 @@ from detr_fast.engine.build import (
 )
 from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
+from detr_fast.engine.metrics import TrainingDivergedError, listed, not_finite
 from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
 from detr_fast.models.checkpoint import load_weights, write_checkpoint
 from detr_fast.models.postprocess import PostProcess
@@ -33,49 +35,6 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]
     result: CocoResult
     samples: dict[int, dict[str, Tensor]]  # image id -> detections, of the first images
-
-
-class TrainingDivergedError(RuntimeError):
-    """Losses or predictions are not finite."""
-
-
-def criterion_losses(
-    criterion: SetCriterion, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """All loss terms.
-
-    Raises:
-        TrainingDivergedError: if the predictions are not finite.
-    """
-    try:
-        return criterion(outputs, targets)
-    except ValueError as error:  # of the matcher, which cannot order such costs
-        if all(outputs[name].isfinite().all() for name in ("pred_logits", "pred_boxes")):
-            raise
-        raise TrainingDivergedError(
-            f"the predictions are not finite ({error}): lower --lr, or go on from an earlier "
-            "checkpoint"
-        ) from error
-
-
-def to_device(targets: list[dict[str, Tensor]], device: torch.device) -> list[dict[str, Tensor]]:
-    """Copy the tensors of all targets to ``device``."""
-    return [{k: v.to(device, non_blocking=True) for k, v in t.items()} for t in targets]
-
-
-def weighted_losses(
-    losses: dict[str, Tensor], weights: dict[str, float]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss, and all terms under the names that DETR logs them with.
-
-    Returns:
-        tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
-        name, and every term unweighted as ``<name>_unscaled``.
-    """
-    scaled = {name: loss * weights[name] for name, loss in losses.items() if name in weights}
-    unscaled = {f"{name}_unscaled": loss.detach() for name, loss in losses.items()}
-    total = torch.stack(list(scaled.values())).sum()
-    return total, {name: loss.detach() for name, loss in scaled.items()} | unscaled
 
 
 @torch.no_grad()
@@ -108,7 +67,7 @@ def evaluate(
 
     Raises:
         DatasetError: if not one image can be used.
-        TrainingDivergedError: if predictions are not finite.
+        TrainingDivergedError: if losses are not finite; names terms and images.
     """
     model.eval()
     criterion.eval()
@@ -123,13 +82,21 @@ def evaluate(
             return None
         if batch is None:
             continue
-        images, targets = batch[0], to_device(batch[1], device)
-        outputs = model(images.to(device))
-        losses = criterion_losses(criterion, outputs, targets)
+        images, targets = batch
+        packed = packed_targets(targets, criterion, device)
+        outputs = model(images.to(device, non_blocking=True))
+        losses = criterion(outputs, packed.to(device, non_blocking=True))
         total, terms = weighted_losses(losses, criterion.weight_dict)
+        if not total.isfinite():
+            values = {name: value.item() for name, value in {"loss": total, **terms}.items()}
+            raise TrainingDivergedError(
+                f"the losses of the evaluation are not finite ({listed(not_finite(values))}; "
+                f"images {image_ids(targets)}): lower --lr, or go on from an earlier checkpoint"
+            )
         log.update(class_error=losses["class_error"], loss=total, **terms)
-        detections = postprocess(outputs, torch.stack([t["orig_size"] for t in targets]))
-        found = {int(t["image_id"]): d for t, d in zip(targets, detections, strict=True)}
+        sizes = torch.stack([target["orig_size"] for target in targets])
+        detections = postprocess(outputs, sizes.to(device))
+        found = dict(zip(image_ids(targets), detections, strict=True))
         for image_id in list(found)[: keep - len(samples)]:
             samples[image_id] = {k: v.cpu() for k, v in found[image_id].items()}
         scores.update(found)

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from time import perf_counter
@@ -205,13 +205,20 @@ class MetricLogger:
         return self.delimiter.join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def log_every(
-        self, iterable: SizedIterable[Item], print_freq: int, header: str = "", start: int = 0
+        self,
+        iterable: SizedIterable[Item],
+        print_freq: int,
+        header: str = "",
+        start: int = 0,
+        before_line: Callable[[], None] = lambda: None,
     ) -> Iterator[Item]:
         """Yield the items of `iterable`; print the meters, the pace and the time left.
 
         A line follows the first item, every `print_freq`-th after it and the last one. On a
         terminal with tqdm installed a progress bar stands under the lines. Counting begins at
-        `start`, where `iterable` yields only the items from there on.
+        `start`, where `iterable` yields only the items from there on. `before_line` may bring the
+        meters up to date; the time between two lines is shared out to their items evenly, for on a
+        GPU most of it passes where the host waits.
         """
         length = len(iterable)
         step_time, data_time = SmoothedValue(fmt="{avg:.4f}"), SmoothedValue(fmt="{avg:.4f}")
@@ -226,19 +233,23 @@ class MetricLogger:
             bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left "
             "({rate_fmt})",
         )
-        began = last = perf_counter()
+        began = last = line = perf_counter()
+        since_line = 0
         try:
             for index, item in enumerate(iterable, start):
                 data_time.update(perf_counter() - last)
                 yield item
-                printing = index % print_freq == 0 or index == length - 1
-                if printing:
-                    # waits for the device: the clock must stop after the work, not its submission
-                    SmoothedValue.read(self.meters.values())
-                step_time.update(perf_counter() - last)
+                since_line += 1
                 if bar is not None:
                     bar.update()
-                if printing:
+                if index % print_freq == 0 or index == length - 1:
+                    # waits for the device: the clock must stop after the work, not its submission
+                    before_line()
+                    SmoothedValue.read(self.meters.values())
+                    now = perf_counter()
+                    for _ in range(since_line):
+                        step_time.update((now - line) / since_line)
+                    line, since_line = now, 0
                     left = timedelta(seconds=int(step_time.global_avg * (length - index - 1)))
                     parts = [header, f"[{index:{len(str(length))}d}/{length}]", f"eta: {left}"]
                     parts += [str(self)] if self.meters else []

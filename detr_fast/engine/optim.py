@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How DETR's weights are updated: AdamW with two learning rates, divided by 10 at times."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
-from torch.optim.swa_utils import AveragedModel
 
 from detr_fast.config import Config, UsageError
 
@@ -19,14 +19,15 @@ def build_optimizer(
     """AdamW over the trainable parameters; those of the backbone learn at a rate of their own.
 
     The groups, and the order of the parameters in them, are those of facebookresearch/detr: its
-    checkpoints hold optimizer states that fit.
+    checkpoints hold optimizer states that fit. The fused kernels also leave out an update on the
+    word of the device (``found_inf``).
     """
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in parameters if "backbone" not in name]},
         {"params": [p for name, p in parameters if "backbone" in name], "lr": lr_backbone},
     ]
-    return AdamW(groups, lr=lr, weight_decay=weight_decay)
+    return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def build_schedule(optimizer: AdamW, lr_drop: int) -> StepLR:
@@ -64,23 +65,86 @@ def training_mode(model: nn.Module) -> None:
             module.eval()
 
 
+class RunningStatistics:
+    """What batch norm has seen: it can forget the batches of an update that is left out.
+
+    A forward pass changes it before any loss tells whether the activations were finite, and one
+    NaN would stay in a running mean for good.
+
+    Args:
+        model (nn.Module): the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._now = [buffer for norm in norms for buffer in norm.buffers()]
+        self._good = [buffer.clone() for buffer in self._now]
+
+    def settle(self, good: Tensor) -> None:
+        """Keep what the last batches have changed if ``good`` (0-dim, bool), or else undo it."""
+        for now, before in zip(self._now, self._good, strict=True):
+            torch.where(good, now, before, out=now)
+        if self._now:
+            torch._foreach_copy_(self._good, self._now)
+
+
+class MovingAverage:
+    """A model whose weights follow another's; nothing of it waits for the device.
+
+    Args:
+        model (nn.Module): what is followed.
+        decay (float): what stays of the average at an update, at most.
+
+    Attributes:
+        module (nn.Module): the average, a model of the same kind.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module, self.decay = copy.deepcopy(model), decay
+        self._averages, self._weights = list(self.module.parameters()), list(model.parameters())
+        self._copies, self._buffers = list(self.module.buffers()), list(model.buffers())
+
+    @torch.no_grad()
+    def follow(self, updates: int) -> None:
+        """Move towards the model; buffers are copied.
+
+        Args:
+            updates (int): how many there were before. The memory is short at first, or the start
+                would weigh for thousands of them.
+        """
+        decay = min(self.decay, (1 + updates) / (10 + updates)) if updates else 0.0
+        torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._buffers)
+
+
 class Learner:
-    """Turns losses into new weights.
+    """Turns losses into new weights, without waiting for the device.
 
     Per update: gradients of ``--accumulate_steps`` batches are averaged, their norm is clipped,
     the learning rates rise over the first ``--warmup_steps`` updates, AdamW steps, and the moving
     average of the weights follows (``--ema_decay``; Polyak and Juditsky 1992).
 
+    An update whose losses or gradient are not finite is left out: weights, moments, their step
+    counts and the statistics of batch norm stay as they were before its batches. Only the device
+    knows; what the host counts (`steps`, and with it warm-up and the memory of the average) goes
+    on.
+
     Args:
-        model (nn.Module): what learns.
+        model (nn.Module): what learns, on its device.
         config (Config): the flags.
 
     Attributes:
-        steps (int): updates so far.
+        steps (int): updates so far, with those that were left out.
         rate (float): learning rate of the last update (all but the backbone).
         updated (bool): whether the last `learn` ended with an update; between updates there are
             gradients that no checkpoint holds.
+        norm (Tensor): 0-dim on the device, the norm of the last update's gradient before clipping.
+        skipped (Tensor): 0-dim on the device, 1 if the last update was left out, or else 0.
     """
+
+    norm: Tensor
+    skipped: Tensor
 
     def __init__(self, model: nn.Module, config: Config) -> None:
         self.model, self.config = model, config
@@ -90,9 +154,9 @@ class Learner:
         self.schedule = build_schedule(self.optimizer, config.lr_drop_epoch)
         self.steps, self.updated = 0, True
         self.rate = config.lr
-        self.average: AveragedModel | None = None
-        if config.ema_decay:
-            self.average = AveragedModel(model, multi_avg_fn=self._follow)
+        self.statistics = RunningStatistics(model)
+        self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
+        self._losses: Tensor | float = 0.0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -106,7 +170,9 @@ class Learner:
         last = min(first + size, batches) - 1
         if batch == first:
             self.optimizer.zero_grad()
+            self._losses = 0.0
         (loss / (last + 1 - first)).backward()
+        self._losses = self._losses + loss.detach()
         self.updated = batch == last
         if self.updated:
             self._update()
@@ -118,9 +184,16 @@ class Learner:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.schedule.step()
 
+    @torch.no_grad()
     def _update(self) -> None:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.norm = nn.utils.get_total_norm(gradients)
         if self.config.clip_max_norm > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_max_norm)
+            nn.utils.clip_grads_with_norm_(
+                self.model.parameters(), self.config.clip_max_norm, self.norm
+            )
+        good = (self._losses + self.norm).isfinite()  # only if each of them is
+        self.skipped = self.optimizer.found_inf = 1 - good.float()
         groups = self.optimizer.param_groups
         scheduled = [group["lr"] for group in groups]
         if self.steps < self.config.warmup_steps:
@@ -130,20 +203,20 @@ class Learner:
         self.optimizer.step()
         for group, rate in zip(groups, scheduled, strict=True):
             group["lr"] = rate
-        self.steps += 1
+        self.statistics.settle(good)
         if self.average is not None:
-            self.average.update_parameters(self.model)
+            self.average.follow(self.steps)
+        self.steps += 1
 
-    def _follow(self, averages: Any, weights: Any, updates: Any) -> None:
-        # a short memory at first, or the start would weigh for thousands of updates
-        decay = min(self.config.ema_decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
-    def _check_moments(self) -> None:
+    def _fit_moments(self) -> None:
+        """Lay the moments of a checkpoint out as the weights: the fused kernels ask for it."""
         for parameter, state in self.optimizer.state.items():
             shapes = {state[key].shape for key in ("exp_avg", "exp_avg_sq")}
             if shapes != {parameter.shape}:
                 raise ValueError(f"moments of shape {shapes} for weights of {parameter.shape}")
+            for key in ("exp_avg", "exp_avg_sq"):
+                if state[key].stride() != parameter.stride():
+                    state[key] = torch.empty_like(parameter).copy_(state[key])
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint; the names are those of facebookresearch/detr."""
@@ -182,7 +255,7 @@ class Learner:
             )
         own = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": stored["state"], "param_groups": own})
-        self._check_moments()
+        self._fit_moments()
         drops = checkpoint["lr_scheduler"]
         last = drops["last_epoch"]
         for group, before in zip(self.optimizer.param_groups, stored["param_groups"], strict=True):
@@ -196,4 +269,3 @@ class Learner:
         self.steps = checkpoint.get("steps", 0)
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
-            self.average.n_averaged.fill_(self.steps)

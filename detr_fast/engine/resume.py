@@ -53,6 +53,7 @@ class Progress:
         epoch (int): the epoch in hand, or the next one.
         batch (int): batches of it that are done.
         meters (dict): the averages of these batches.
+        skipped (int): updates skipped in these batches.
         best_ap (float): highest AP so far; -1 before the first.
         best_epoch (int): its epoch.
         images (tuple[int, ...]): number of training images, batch size, batches per update, seed:
@@ -62,6 +63,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     meters: dict[str, Any] = field(default_factory=dict)
+    skipped: int = 0
     best_ap: float = -1.0
     best_epoch: int = -1
     images: tuple[int, ...] = ()
@@ -69,10 +71,11 @@ class Progress:
     def state_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint; ``epoch`` is the last whole one, as in the original."""
         own = asdict(self)
+        kept = ("batch", "meters", "skipped", "best_epoch", "images")
         return {
             "epoch": self.epoch - 1,
             "best_ap": self.best_ap,
-            "progress": {key: own[key] for key in ("batch", "meters", "best_epoch", "images")},
+            "progress": {key: own[key] for key in kept},
             "random": random_state(),
         }
 
@@ -103,4 +106,9 @@ class Progress:
             )
             return progress
         say(f"continuing epoch {progress.epoch} after {stored['batch']} batches")
-        return replace(progress, batch=stored["batch"], meters=stored["meters"])
+        return replace(
+            progress,
+            batch=stored["batch"],
+            meters=stored["meters"],
+            skipped=stored.get("skipped", 0),
+        )

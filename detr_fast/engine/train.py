@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop of DETR."""
 
-import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +11,13 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detr_fast.config import Config, UsageError
-from detr_fast.criterion import SetCriterion
+from detr_fast.criterion import SetCriterion, weighted_losses
+from detr_fast.data.batch import ImageBatch
+from detr_fast.engine.batch import image_ids, packed_targets
 from detr_fast.engine.build import (
     build_criterion,
     build_device,
@@ -25,18 +27,13 @@ from detr_fast.engine.build import (
 )
 from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.diagnose import why_no_ap
-from detr_fast.engine.evaluate import (
-    TrainingDivergedError,
-    criterion_losses,
-    evaluate,
-    per_class_lines,
-    to_device,
-    weighted_losses,
-)
+from detr_fast.engine.evaluate import evaluate, per_class_lines
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
+from detr_fast.engine.metrics import DivergenceWatch, StepMetrics, lateness_on
 from detr_fast.engine.optim import Learner, freeze, training_mode
 from detr_fast.engine.output import OutputFolder
 from detr_fast.engine.resume import Progress
+from detr_fast.matcher.packing import Targets
 from detr_fast.models.checkpoint import CheckpointError
 
 
@@ -65,6 +62,41 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+def train_step(
+    learner: Learner,
+    criterion: SetCriterion,
+    images: ImageBatch,
+    targets: Targets,
+    device: torch.device,
+    batch: int,
+    batches: int,
+) -> dict[str, Tensor]:
+    """Forward, match, loss, backward and, where one is due, an update.
+
+    Nothing in here waits for the device: the host submits the work of a step and goes on.
+
+    Args:
+        learner (Learner): holds model and optimizer.
+        criterion (SetCriterion): the losses.
+        images (ImageBatch): on the host, page-locked for CUDA.
+        targets (Targets): those of `packed_targets`.
+        device (torch.device): where the model is.
+        batch (int): number of the batch in its epoch.
+        batches (int): batches of the epoch.
+
+    Returns:
+        dict[str, Tensor]: numbers for the log, 0-dim on the device; see `StepMetrics.add`.
+    """
+    outputs = learner.model(images.to(device, non_blocking=True))
+    losses = criterion(outputs, targets.to(device, non_blocking=True))
+    total, terms = weighted_losses(losses, criterion.weight_dict)
+    learner.learn(total, batch, batches)
+    values = {"class_error": losses["class_error"], "loss": total.detach(), **terms}
+    if learner.updated:
+        values |= {"skipped": learner.skipped, "gradient_norm": learner.norm}
+    return values
+
+
 def train_one_epoch(
     learner: Learner,
     criterion: SetCriterion,
@@ -74,7 +106,7 @@ def train_one_epoch(
     *,
     print_freq: int,
     stop: StopRequest,
-    log: MetricLogger | None = None,
+    metrics: StepMetrics | None = None,
     first: int = 0,
     after_update: Callable[[int], None] = lambda batches: None,
 ) -> int:
@@ -88,7 +120,7 @@ def train_one_epoch(
         epoch (int): its number, for the log.
         print_freq (int): batches between two lines of the log.
         stop (StopRequest): ends the epoch after the update in hand.
-        log (MetricLogger, optional): collects the metrics.
+        metrics (StepMetrics, optional): collects the metrics.
         first (int): batches of this epoch that were done before.
         after_update (Callable): called with the number of batches done, when no gradient waits.
 
@@ -96,33 +128,25 @@ def train_one_epoch(
         int: batches done; fewer than the loader's length if the epoch was stopped.
 
     Raises:
-        TrainingDivergedError: if the loss is not finite; the weights are those of the step before.
+        TrainingDivergedError: if the losses of many updates in a row are not finite; the weights
+            are those of the update before.
     """
     training_mode(learner.model)
     criterion.train()
-    log = log or MetricLogger()
-    header, batches = f"Epoch: [{epoch}]", len(loader)
-    for batch, (images, targets) in enumerate(
-        log.log_every(loader, print_freq, header, start=first), first
-    ):
-        outputs = learner.model(images.to(device))
-        losses = criterion_losses(criterion, outputs, to_device(targets, device))
-        total, terms = weighted_losses(losses, criterion.weight_dict)
-        if not math.isfinite(total.item()):  # waits for the device
-            bad = ", ".join(f"{k} = {v.item()}" for k, v in losses.items() if not v.isfinite())
-            ids = [int(t["image_id"]) for t in targets]
-            raise TrainingDivergedError(
-                f"loss is {total.item()} in epoch {epoch} ({bad}; images {ids}): lower --lr, or "
-                "look at the boxes of these images"
-            )
-        learner.learn(total, batch, batches)
-        log.update(class_error=losses["class_error"], loss=total.detach(), **terms)
+    metrics = metrics or StepMetrics(MetricLogger(), epoch=epoch)
+    log, batches = metrics.log, len(loader)
+    lines = log.log_every(loader, print_freq, f"Epoch: [{epoch}]", first, metrics.turn)
+    for batch, (images, targets) in enumerate(lines, first):
+        packed = packed_targets(targets, criterion, device)
+        values = train_step(learner, criterion, images, packed, device, batch, batches)
+        metrics.add(batch, image_ids(targets), values)
         log.update(lr=learner.rate)
         if learner.updated:
             after_update(batch + 1)
             if stop.signal:
                 return batch + 1
-    log.say(f"Averaged stats: {log}")
+    metrics.finish()
+    log.say(f"Averaged stats: {log}" + (f"  skipped: {n}" if (n := metrics.skipped) else ""))
     return batches
 
 
@@ -175,6 +199,7 @@ class Run:
         self.output = OutputFolder(config.output_dir, self.progress.epoch, config.keep_checkpoints)
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.stop = StopRequest()
+        self.watch = DivergenceWatch(config.max_skipped_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """The content of a checkpoint: all that `Run` needs to go on exactly."""
@@ -195,9 +220,19 @@ class Run:
             self.progress.epoch,
             self.progress.batch,
         )
+        metrics = StepMetrics(
+            log,
+            self.watch,
+            epoch=epoch,
+            lateness=lateness_on(self.device),
+            skipped=self.progress.skipped,
+        )
 
         def save(batches: int) -> None:
-            self.progress = replace(self.progress, batch=batches, meters=log.state())
+            metrics.finish()
+            self.progress = replace(
+                self.progress, batch=batches, meters=log.state(), skipped=metrics.skipped
+            )
             self.output.write_checkpoint(self.state_dict())
 
         def save_at_times(batches: int) -> None:
@@ -214,7 +249,7 @@ class Run:
             epoch,
             print_freq=self.config.print_freq,
             stop=self.stop,
-            log=log,
+            metrics=metrics,
             first=first,
             after_update=save_at_times,
         )
@@ -244,6 +279,7 @@ class Run:
             **{f"train_{name}": value for name, value in log.averages().items()},
             **{f"test_{name}": value for name, value in evaluation.metrics.items()},
             "test_coco_eval_bbox": evaluation.result.stats,
+            **({"train_skipped": self.progress.skipped} if self.progress.skipped else {}),
             "epoch": epoch,
             "n_parameters": self.parameters,
         }
@@ -256,7 +292,7 @@ class Run:
         if ap > self.progress.best_ap:
             self.progress = replace(self.progress, best_ap=ap, best_epoch=epoch)
             copies.append("_best")
-        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, meters={})
+        self.progress = replace(self.progress, epoch=epoch + 1, batch=0, meters={}, skipped=0)
         self.output.write_checkpoint(self.state_dict(), *copies)
         if advice := why_no_ap(record, self.learner.steps, config):
             say(advice)
