@@ -1,35 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
 """The set prediction loss of DETR (Carion et al., ECCV 2020)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from detr_fast.matcher.packing import pack_targets
-from detr_fast.reference.boxes import matched_box_losses
+from detr_fast.matcher.base import layer_tensors
+from detr_fast.matcher.packing import Targets
+from detr_fast.ops.criterion import ClassLoss, set_loss
+from detr_fast.ops.matcher import Match
+from detr_fast.reference.criterion import CROSS_ENTROPY
 
 Outputs: TypeAlias = Mapping[str, Any]
 ImageTargets: TypeAlias = Sequence[Mapping[str, Tensor]]
 Indices: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
+# losses of the op, by the name of the method that gives them and by their own: their columns
+_COLUMNS = {
+    "labels": {"loss_ce": 0, "class_error": 4},
+    "boxes": {"loss_bbox": 1, "loss_giou": 2},
+    "cardinality": {"cardinality_error": 3},
+}
+_LAST_LAYER_ONLY = "class_error"
+
 
 class SetCriterion(nn.Module):
     """Matches predictions and targets, then computes the losses of the matched pairs.
 
-    Constructor, loss names and values are those of facebookresearch/detr.  The arithmetic is
-    float32 (float64 for float64 inputs), also under autocast.  A subclass adds the loss ``"name"``
-    by a method ``loss_name``.
+    Constructor, loss names and values are those of facebookresearch/detr.  One op matches all
+    decoder layers, another computes their losses, and nothing waits for a GPU.  The arithmetic is
+    float32 (float64 for float64 inputs), also under autocast.
+
+    A subclass adds the loss ``"name"`` by a method ``loss_name``, or overrides one of the three;
+    it is called for each decoder layer with the pairs of its images.  The matcher may be any module
+    with the signature of DETR's; one with a method ``match``, as
+    :meth:`detr_fast.matcher.HungarianMatcher.match`, is asked once for all layers.
 
     Args:
         num_classes (int): number of classes without no-object: the largest label + 1.
         matcher (nn.Module): called with outputs and targets, returns the pairs of each image.
-        weight_dict (Mapping[str, float]): weight of each loss by name.  The caller applies it;
-            :func:`loss_weights` makes it.
-        eos_coef (float): weight of no-object in the classification loss.
+        weight_dict (Mapping[str, float]): weight of each loss by name: :func:`loss_weights` makes
+            it, :func:`weighted_losses` applies it.
+        eos_coef (float): weight of no-object in the cross-entropy.
         losses (Sequence[str]): ``"labels"``, ``"boxes"`` and ``"cardinality"``, in any choice.
+        class_loss (ClassLoss): the classification loss: cross-entropy of ``num_classes + 1``
+            columns, or one of the sigmoid of ``num_classes`` columns.
+        raise_non_finite (bool): on the CPU, raise if a matching cost is not finite.  Else, and on
+            a GPU always, the losses of such a decoder layer are NaN.
+
+    Attributes:
+        empty_weight (Tensor[num_classes + 1]): the weights of the classes in the cross-entropy, a
+            buffer.
     """
 
     empty_weight: Tensor
@@ -41,6 +65,9 @@ class SetCriterion(nn.Module):
         weight_dict: Mapping[str, float],
         eos_coef: float,
         losses: Sequence[str],
+        *,
+        class_loss: ClassLoss = CROSS_ENTROPY,
+        raise_non_finite: bool = True,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -48,19 +75,22 @@ class SetCriterion(nn.Module):
         self.weight_dict = weight_dict
         self.eos_coef = eos_coef
         self.losses = losses
-        empty_weight = torch.ones(num_classes + 1)
-        empty_weight[-1] = eos_coef
-        self.register_buffer("empty_weight", empty_weight)
+        self.class_loss = class_loss
+        self.raise_non_finite = raise_non_finite
+        if self._has_no_object:
+            empty_weight = torch.ones(num_classes + 1)
+            empty_weight[-1] = eos_coef
+            self.register_buffer("empty_weight", empty_weight)
 
-    def forward(self, outputs: Outputs, targets: ImageTargets) -> dict[str, Tensor]:
+    def forward(self, outputs: Outputs, targets: ImageTargets | Targets) -> dict[str, Tensor]:
         """Compute the losses of all decoder layers.
 
         Args:
-            outputs (Mapping): ``"pred_logits"`` (Tensor[B, Q, num_classes + 1]), ``"pred_boxes"``
-                (Tensor[B, Q, 4], ``(cx, cy, w, h)`` in [0, 1]) and, if the earlier layers count
-                as well, ``"aux_outputs"``: a list of such mappings.
-            targets (Sequence[Mapping]): for each image ``"labels"`` (Tensor[n], integers below
-                ``num_classes``) and ``"boxes"`` (Tensor[n, 4]); n may be 0.
+            outputs (Mapping): ``"pred_logits"`` (Tensor[B, Q, C]), ``"pred_boxes"`` (Tensor[B, Q,
+                4], ``(cx, cy, w, h)`` in [0, 1]) and, if the earlier layers count as well,
+                ``"aux_outputs"``: a list of such mappings.
+            targets (Sequence[Mapping] | Targets): for each image ``"labels"`` (Tensor[n], integers
+                below ``num_classes``) and ``"boxes"`` (Tensor[n, 4]), n may be 0; or these packed.
 
         Returns:
             dict[str, Tensor]: the scalars ``loss_ce``, ``class_error`` (percent), ``loss_bbox``,
@@ -68,27 +98,38 @@ class SetCriterion(nn.Module):
             ``_i``, without ``class_error``.
 
         Raises:
-            ValueError: if a label is out of range, a shape does not fit, a loss is not known or a
-                matching cost is not finite.
+            ValueError: if a shape does not fit or a loss is not known; of tensors on the CPU also
+                if a label is out of range or a matching cost is not finite.  On a GPU the losses
+                of such a layer are NaN.
         """
-        logits = outputs["pred_logits"]
-        labels, _, counts = pack_targets(targets)
-        self._check(logits, labels)
-        num_boxes = _mean_over_processes(sum(counts), logits.device)
         layers = {"": {name: value for name, value in outputs.items() if name != "aux_outputs"}}
         layers |= {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
-        losses: dict[str, Tensor] = {}
-        with torch.autocast(logits.device.type, enabled=False):
-            for suffix, layer in layers.items():
-                try:
-                    indices = self.matcher(layer, targets)
-                except ValueError as error:
-                    name = f"aux_outputs[{suffix[1:]}]" if suffix else "last decoder layer"
-                    raise ValueError(f"{name}, {error}") from error
+        device = outputs["pred_logits"].device
+        packed = targets if isinstance(targets, Targets) else Targets.from_list(targets)
+        self._check_columns(layers)
+        self.check_labels(packed)
+        packed = packed.to(device, non_blocking=True)
+        fused = [loss for loss in self.losses if self._is_fused(loss)]
+        hooks = len(fused) < len(self.losses)
+        if isinstance(targets, Targets):  # the list only for those who ask for it: it takes time
+            by_image = hooks or not _speaks_for_all_layers(self.matcher)
+            targets = packed.to_list() if by_image else []
+        with torch.autocast(device.type, enabled=False):
+            match, pairs = self._match(layers, packed, targets)
+            num_boxes = _boxes_per_process(packed) if hooks or _has_processes() else None
+            rows: Sequence[Sequence[Tensor]] = [()] * len(layers)
+            if fused:
+                rows = _rows(self._losses([*layers.values()], packed, match, num_boxes))
+            indices: Sequence[Indices] = pairs() if hooks else [()] * len(layers)
+            losses: dict[str, Tensor] = {}
+            for (suffix, layer), row, of_layer in zip(layers.items(), rows, indices, strict=True):
                 for loss in self.losses:
-                    # class_error is read of the last layer only
-                    options = {"log": False} if suffix and loss == "labels" else {}
-                    values = self.get_loss(loss, layer, targets, indices, num_boxes, **options)
+                    log = not suffix
+                    if loss in fused:
+                        values = self._named(loss, row, log)
+                    else:
+                        options = {} if log or loss != "labels" else {"log": False}
+                        values = self.get_loss(loss, layer, targets, of_layer, num_boxes, **options)
                     losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
@@ -98,7 +139,7 @@ class SetCriterion(nn.Module):
         outputs: Outputs,
         targets: ImageTargets,
         indices: Indices,
-        num_boxes: float | Tensor,
+        num_boxes: float | Tensor | None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Call the method ``loss_<loss>``.
@@ -122,41 +163,135 @@ class SetCriterion(nn.Module):
         num_boxes: float | Tensor,
         log: bool = True,
     ) -> dict[str, Tensor]:
-        """Weighted cross-entropy of all queries, no-object where unmatched.
+        """Classification loss of all queries, no-object where unmatched.
 
         With ``log`` also ``class_error``: 100 less the accuracy on the matched queries, percent.
         """
-        logits = _at_least_float32(outputs["pred_logits"])
-        idx = self._get_src_permutation_idx(indices)
-        matched = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)])
-        matched = matched.to(logits.device, torch.int64)
-        classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        classes[idx] = matched
-        weight = self.empty_weight.to(logits.dtype)
-        losses = {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight)}
-        if log:
-            correct = (logits[idx].argmax(-1) == matched).float().sum()
-            losses["class_error"] = 100 - correct * (100.0 / max(len(matched), 1))
-        return losses
+        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
+        return self._named("labels", row, log)
 
     def loss_cardinality(
         self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """Mean absolute error of the number of objects in an image; for the log, no gradient."""
-        logits = outputs["pred_logits"]
-        lengths = torch.tensor([len(t["labels"]) for t in targets], device=logits.device)
-        predicted = (logits.argmax(-1) != logits.shape[-1] - 1).sum(1)
-        return {"cardinality_error": F.l1_loss(predicted.float(), lengths.float())}
+        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
+        return self._named("cardinality", row)
 
     def loss_boxes(
         self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """L1 and GIoU loss of the matched pairs, summed and divided by ``num_boxes``."""
-        boxes = _at_least_float32(outputs["pred_boxes"])
-        src = boxes[self._get_src_permutation_idx(indices)]
-        tgt = [t["boxes"][j] for t, (_, j) in zip(targets, indices, strict=True)]
-        l1, giou_loss = matched_box_losses(src, torch.cat(tgt).to(src).reshape(-1, 4))
-        return {"loss_bbox": l1.sum() / num_boxes, "loss_giou": giou_loss.sum() / num_boxes}
+        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
+        return self._named("boxes", row)
+
+    def check_labels(self, targets: Targets) -> None:
+        """Raise if a label is no class; of targets on the CPU, for on a GPU a look would wait.
+
+        Raises:
+            ValueError: names image and label.
+        """
+        labels = targets.labels
+        if not labels.is_cpu or labels.numel() == 0 or torch.compiler.is_compiling():
+            return
+        low, high = labels.aminmax()
+        if low >= 0 and high < self.num_classes:
+            return
+        real = torch.arange(labels.shape[1]) < targets.count[:, None]
+        outside = ((labels < 0) | (labels >= self.num_classes)) & real
+        if outside.any():
+            image, index = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"image {image}: label {int(labels[image, index])} is outside of [0, "
+                f"{self.num_classes}): num_classes shall be the largest label + 1"
+            )
+
+    def _check_columns(self, layers: Mapping[str, Outputs]) -> None:
+        columns = self.num_classes + self._has_no_object
+        for layer in layers.values():
+            shape = tuple(layer["pred_logits"].shape)
+            if shape[-1] != columns:
+                content = "classes and no-object" if self._has_no_object else "classes"
+                raise ValueError(
+                    f"pred_logits: expected {columns} columns ({self.num_classes} {content}), got "
+                    f"shape {shape}"
+                )
+
+    @property
+    def _has_no_object(self) -> bool:
+        return self.class_loss.kind == "cross_entropy"
+
+    def _is_fused(self, loss: str) -> bool:
+        """Whether a loss is that of the op: no subclass or instance has its own."""
+        methods = ("get_loss", f"loss_{loss}")
+        return loss in _COLUMNS and not any(
+            name in vars(self) or getattr(type(self), name) is not getattr(SetCriterion, name)
+            for name in methods
+        )
+
+    def _named(self, loss: str, row: Sequence[Tensor], log: bool = True) -> dict[str, Tensor]:
+        """The values of a loss from the five results of the op for one layer."""
+        varifocal = self.class_loss.kind == "varifocal"
+        return {
+            "loss_vfl" if varifocal and name == "loss_ce" else name: row[column]
+            for name, column in _COLUMNS[loss].items()
+            if log or name != _LAST_LAYER_ONLY
+        }
+
+    def _match(
+        self, layers: Mapping[str, Outputs], packed: Targets, targets: ImageTargets
+    ) -> tuple[Match | Tensor, Callable[[], Sequence[Indices]]]:
+        """What is matched, for the op, and a function that gives the pairs of each layer."""
+        names = [f"aux_outputs[{n[1:]}]" if n else "last decoder layer" for n in layers]
+        if _speaks_for_all_layers(self.matcher):
+            ask: Callable[..., Match] = self.matcher.match  # type: ignore[assignment]
+            match = ask(
+                [*layers.values()], packed, raise_non_finite=self.raise_non_finite, names=names
+            )
+            return match, match.pairs
+        pairs = []
+        for name, layer in zip(names, layers.values(), strict=True):
+            try:
+                pairs.append(self.matcher(layer, targets))
+            except ValueError as error:
+                raise ValueError(f"{name}, {error}") from error
+        queries = [layer["pred_boxes"].shape[1] for layer in layers.values()]
+        device = packed.labels.device
+        found = [_target_of_query(of_layer, max(queries), device) for of_layer in pairs]
+        return torch.stack(found), lambda: pairs
+
+    def _losses(
+        self,
+        layers: Sequence[Outputs],
+        targets: Targets,
+        match: Match | Tensor,
+        num_boxes: float | Tensor | None,
+    ) -> Tensor:
+        """Results (L, 5) of the op."""
+        logits, boxes = layer_tensors(layers, len(targets))
+        return set_loss(
+            logits,
+            boxes,
+            targets,
+            match,
+            class_loss=self.class_loss,
+            class_weight=self.empty_weight if self._has_no_object else None,
+            num_boxes=num_boxes,
+        )
+
+    def _losses_of_layer(
+        self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
+    ) -> Sequence[Tensor]:
+        """The five results of the op for one layer whose pairs are known."""
+        some = outputs["pred_boxes"] if "pred_boxes" in outputs else outputs["pred_logits"]
+        shape = some.shape[:2]
+        nothing = {
+            "pred_logits": some.new_zeros(*shape, self.num_classes + self._has_no_object),
+            "pred_boxes": some.new_zeros(*shape, 4),
+        }
+        packed = Targets.from_list(targets).to(some.device, non_blocking=True)
+        found = _target_of_query(indices, shape[1], some.device)[None]
+        [row] = _rows(self._losses([{**nothing, **outputs}], packed, found, num_boxes))
+        return row
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Image and query of every matched pair, to index ``(B, Q, ...)`` with."""
@@ -165,20 +300,6 @@ class SetCriterion(nn.Module):
     def _get_tgt_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Image and target of every matched pair, to index ``(B, T, ...)`` with."""
         return _flat_index([tgt for _, tgt in indices])
-
-    def _check(self, logits: Tensor, labels: Tensor) -> None:
-        if logits.shape[-1] != self.num_classes + 1:
-            raise ValueError(
-                f"pred_logits: expected {self.num_classes + 1} columns ({self.num_classes} classes "
-                f"and no-object), got shape {tuple(logits.shape)}"
-            )
-        outside = (labels < 0) | (labels >= self.num_classes)
-        if outside.any():
-            image, index = outside.nonzero()[0].tolist()
-            raise ValueError(
-                f"image {image}: label {int(labels[image, index])} is outside of [0, "
-                f"{self.num_classes}): num_classes shall be the largest label + 1"
-            )
 
 
 def loss_weights(
@@ -203,19 +324,77 @@ def loss_weights(
     return last | {f"{name}_{i}": weight for i in layers for name, weight in last.items()}
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+def weighted_losses(
+    losses: Mapping[str, Tensor], weights: Mapping[str, float]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The total loss, and all terms under the names that DETR logs them with.
+
+    The number of ops does not depend on the number of losses, and nothing waits for a GPU.
+
+    Args:
+        losses (Mapping[str, Tensor]): scalars on one device.
+        weights (Mapping[str, float]): of those that count; others are logged alone.
+
+    Returns:
+        tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
+        name, and every term unweighted as ``<name>_unscaled``.
+    """
+    weighted = [name for name in losses if name in weights]
+    order = [*weighted, *(name for name in losses if name not in weights)]
+    unscaled = torch.stack([losses[name] for name in order])
+    factors = _constants(tuple(weights[name] for name in weighted), unscaled.dtype, unscaled.device)
+    scaled = unscaled[: len(weighted)] * factors
+    terms = dict(zip(weighted, scaled.detach().unbind(), strict=True))
+    raw = dict(zip(order, unscaled.detach().unbind(), strict=True))
+    return scaled.sum(), terms | {f"{name}_unscaled": raw[name] for name in losses}
 
 
-def _flat_index(indices: list[Tensor]) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=16)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device: copied there once, for a copy from pageable memory waits for a GPU."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _rows(table: Tensor) -> list[Sequence[Tensor]]:
+    """The scalars of the op's table, row by row; the number of ops does not depend on its size."""
+    losses, logged = table.flatten().unbind(), table.detach().flatten().unbind()
+    starts = range(0, len(losses), table.shape[1])
+    return [(*losses[i : i + 3], *logged[i + 3 : i + table.shape[1]]) for i in starts]
+
+
+def _speaks_for_all_layers(matcher: nn.Module) -> bool:
+    """Whether a matcher has a ``match`` that goes with its ``forward``: no later class has that."""
+    if "forward" in vars(matcher):
+        return False
+    defined = {
+        name: next((i for i, c in enumerate(type(matcher).__mro__) if name in vars(c)), None)
+        for name in ("match", "forward")
+    }
+    match, forward = defined["match"], defined["forward"]
+    return match is not None and forward is not None and match <= forward
+
+
+def _target_of_query(pairs: Indices, queries: int, device: torch.device) -> Tensor:
+    """The target of each query (B, queries), -1 where it is free, from the pairs of each image."""
+    found = torch.full((len(pairs), queries), -1, device=device)
+    image, query = _flat_index([src.to(device, non_blocking=True) for src, _ in pairs])
+    target = torch.cat([tgt for _, tgt in pairs]).to(found, non_blocking=True)
+    return found.index_put((image, query), target)
+
+
+def _flat_index(indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     images = [torch.full_like(index, image) for image, index in enumerate(indices)]
-    return torch.cat(images), torch.cat(indices)
+    return torch.cat(images), torch.cat([*indices])
 
 
-def _mean_over_processes(num_boxes: int, device: torch.device) -> float | Tensor:
-    """Boxes per process, 1 at least; left on the device where processes share the work."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return float(max(num_boxes, 1))
-    total = torch.tensor(float(num_boxes), device=device)
-    distributed.all_reduce(total)
-    return (total / distributed.get_world_size()).clamp(min=1)
+def _has_processes() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _boxes_per_process(targets: Targets) -> Tensor:
+    """Boxes per process, 1 at least; counted where the targets are, without a wait."""
+    total = targets.count.sum().float()
+    if _has_processes():
+        distributed.all_reduce(total)
+        total = total / distributed.get_world_size()
+    return total.clamp(min=1)

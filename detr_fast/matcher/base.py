@@ -72,10 +72,7 @@ def match_layers(
         ValueError: if shapes do not fit, or under ``"error"`` if a cost is not finite or a label
             outside of the columns; names layer, image, term and input.
     """
-    logits = _of_one_dtype([layer[keys.logits] for layer in layers])
-    boxes = _of_one_dtype([layer[keys.boxes] for layer in layers])
-    for of_layer, boxes_of_layer in zip(logits, boxes, strict=True):
-        _check_shapes(of_layer, boxes_of_layer, len(targets), groups, keys)
+    logits, boxes = layer_tensors(layers, len(targets), groups, keys)
     packed = Targets.from_list(targets, keys.labels, keys.target_boxes)
     if packed.labels.device != logits[0].device:
         packed = packed.to(logits[0].device)
@@ -96,7 +93,8 @@ def match_layers(
         )
         pairs, status = host_pairs(match, packed.count_host)
     except ValueError as error:
-        found = _diagnosis(logits, boxes, packed, weights, class_cost, keys)
+        names = [f"layer {i}, " for i in range(len(layers))] if len(layers) > 1 else [""]
+        found = _diagnosis(logits, boxes, packed, weights, class_cost, keys, names)
         if non_finite != "error" or found is None:
             raise
         raise ValueError(found) from error
@@ -105,6 +103,65 @@ def match_layers(
         layer = int(wrong_label.nonzero()[0, 0])
         check_labels(packed, logits[layer].shape[-1], keys)
     return pairs
+
+
+def match_on_device(
+    layers: Sequence[Outputs],
+    targets: Targets,
+    weights: CostWeights,
+    class_cost: ClassCost,
+    *,
+    raise_non_finite: bool = True,
+    names: Sequence[str] | None = None,
+) -> Match:
+    """Match the outputs of all decoder layers of DETR with one call of the op.
+
+    Nothing waits for a GPU, and of several optima it is any one.
+
+    Args:
+        layers (Sequence[Mapping]): for each layer ``"pred_logits"`` (Tensor[B, Q, C]) and
+            ``"pred_boxes"`` (Tensor[B, Q, 4]).
+        targets (Targets): on the device of the outputs.
+        weights (CostWeights): of class cost, L1 and GIoU.
+        class_cost (ClassCost): the formula of the class cost.
+        raise_non_finite (bool): raise on the CPU if a cost is not finite; else the status says it.
+        names (Sequence[str] | None): what the layers are called in a message.
+
+    Raises:
+        ValueError: if shapes do not fit or a cost is not finite; names layer, image and term.
+    """
+    logits, boxes = layer_tensors(layers, len(targets))
+    try:
+        return hungarian_match(
+            logits,
+            boxes,
+            targets,
+            weights,
+            class_cost,
+            non_finite="error" if raise_non_finite else "status",
+        )
+    except ValueError as error:
+        names = names or [f"layer {i}" for i in range(len(layers))]
+        named = [f"{name}, " for name in names]
+        found = _diagnosis(logits, boxes, targets, weights, class_cost, DETR_KEYS, named)
+        if found is None:
+            raise
+        raise ValueError(found) from error
+
+
+def layer_tensors(
+    layers: Sequence[Outputs], images: int, groups: int = 1, keys: Keys = DETR_KEYS
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits and boxes of all layers, each of one dtype.
+
+    Raises:
+        ValueError: if a shape does not fit the number of images and groups.
+    """
+    logits = _of_one_dtype([layer[keys.logits] for layer in layers])
+    boxes = _of_one_dtype([layer[keys.boxes] for layer in layers])
+    for of_layer, boxes_of_layer in zip(logits, boxes, strict=True):
+        _check_shapes(of_layer, boxes_of_layer, images, groups, keys)
+    return logits, boxes
 
 
 def host_pairs(match: Match, counts: Sequence[int]) -> tuple[list[Pairs], Tensor]:
@@ -172,15 +229,15 @@ def _diagnosis(
     weights: CostWeights,
     class_cost: ClassCost,
     keys: Keys,
+    names: Sequence[str],
 ) -> str | None:
     """Name the first image whose cost is not finite; None where the sum or an extra cost is so."""
-    for layer, (x, b) in enumerate(zip(logits, boxes, strict=True)):
+    for name, x, b in zip(names, logits, boxes, strict=True):
         for image, n in enumerate(targets.count_host):
             of_image = x[image], b[image], targets.labels[image, :n], targets.boxes[image, :n]
             why = _why_not_finite(*of_image, weights, class_cost, keys)
             if why is not None:
-                where = f"layer {layer}, image {image}" if len(logits) > 1 else f"image {image}"
-                return f"{where}: {why}"
+                return f"{name}image {image}: {why}"
     return None
 
 

@@ -3,11 +3,9 @@
 
 from typing import Any
 
-import torch
-
 from detr_fast.matcher import detr
-from detr_fast.matcher.base import FOCAL, ImageTargets, Outputs, Pairs, match_layers
-from detr_fast.ops.matcher import CostWeights
+from detr_fast.matcher.base import FOCAL
+from detr_fast.ops.matcher import ClassCost
 
 __all__ = ["HungarianMatcher", "build_matcher"]
 
@@ -29,11 +27,10 @@ class HungarianMatcher(detr.HungarianMatcher):
         ValueError: if all weights are 0.
     """
 
-    @torch.no_grad()
-    def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`detr_fast.matcher.HungarianMatcher.forward`."""
-        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        return match_layers([outputs], targets, weights, FOCAL)[0]
+    @property
+    def class_cost(self) -> ClassCost:
+        """The focal class cost."""
+        return FOCAL
 
 
 def build_matcher(args: Any) -> HungarianMatcher:

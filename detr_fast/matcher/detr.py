@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The matcher of facebookresearch/detr."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, match_layers
-from detr_fast.ops.matcher import CostWeights
+from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, match_layers, match_on_device
+from detr_fast.matcher.packing import Targets
+from detr_fast.ops.matcher import ClassCost, CostWeights, Match
 from detr_fast.reference.match import SOFTMAX
 
 __all__ = ["HungarianMatcher", "build_matcher"]
@@ -48,6 +50,16 @@ class HungarianMatcher(nn.Module):
             f"cost_class={self.cost_class}, cost_bbox={self.cost_bbox}, cost_giou={self.cost_giou}"
         )
 
+    @property
+    def class_cost(self) -> ClassCost:
+        """The formula of the class cost."""
+        return SOFTMAX
+
+    @property
+    def weights(self) -> CostWeights:
+        """The weights of the three costs."""
+        return CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
+
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
         """Match every image of a batch.
@@ -65,8 +77,40 @@ class HungarianMatcher(nn.Module):
         Raises:
             ValueError: if shapes do not fit, a label is out of range or a cost is not finite.
         """
-        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        return match_layers([outputs], targets, weights, SOFTMAX)[0]
+        return match_layers([outputs], targets, self.weights, self.class_cost)[0]
+
+    def match(
+        self,
+        layers: Sequence[Outputs],
+        targets: Targets,
+        *,
+        raise_non_finite: bool = True,
+        names: Sequence[str] | None = None,
+    ) -> Match:
+        """Match the outputs of all decoder layers at once, without a wait for the device.
+
+        What a criterion calls in place of :meth:`forward` for each layer; a class that changes how
+        pairs are found overrides both, or :meth:`forward` alone, which then counts.  Of several
+        optima it finds any one.
+
+        Args:
+            layers (Sequence[Mapping]): outputs as of :meth:`forward`.
+            targets (Targets): on the device of the outputs.
+            raise_non_finite (bool): raise on the CPU if a cost is not finite; else, and on a GPU,
+                the status of the match says so.
+            names (Sequence[str] | None): what the layers are called in a message.
+
+        Raises:
+            ValueError: as :meth:`forward`; names the layer, too.
+        """
+        return match_on_device(
+            layers,
+            targets,
+            self.weights,
+            self.class_cost,
+            raise_non_finite=raise_non_finite,
+            names=names,
+        )
 
 
 def build_matcher(args: Any) -> HungarianMatcher:

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from detr_fast.matcher import detr
-from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, check_labels, match_layers
+from detr_fast.matcher.base import ImageTargets, Outputs, Pairs, check_labels
 from detr_fast.matcher.packing import Targets
-from detr_fast.ops.matcher import ClassCost, CostWeights
+from detr_fast.ops.matcher import ClassCost
 from detr_fast.reference.matcher import matching_cost, matching_cost_terms
 
 __all__ = ["HungarianMatcher", "SimpleMinsumMatcher", "build_matcher"]
@@ -44,12 +44,10 @@ class HungarianMatcher(detr.HungarianMatcher):
         """The weights and alpha."""
         return f"{super().extra_repr()}, focal_alpha={self.focal_alpha}"
 
-    @torch.no_grad()
-    def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`detr_fast.matcher.HungarianMatcher.forward`."""
-        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
-        class_cost = ClassCost("focal", self.focal_alpha)
-        return match_layers([outputs], targets, weights, class_cost)[0]
+    @property
+    def class_cost(self) -> ClassCost:
+        """The focal class cost."""
+        return ClassCost("focal", self.focal_alpha)
 
 
 class SimpleMinsumMatcher(HungarianMatcher):
@@ -69,20 +67,14 @@ class SimpleMinsumMatcher(HungarianMatcher):
         Raises:
             ValueError: if a label is outside of the columns of the logits.
         """
-        weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
         logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
         packed = Targets.from_list(targets)
         check_labels(packed, logits.shape[-1])
         packed = packed.to(logits.device)
         terms = matching_cost_terms(
-            logits,
-            boxes,
-            packed.labels,
-            packed.boxes,
-            weights,
-            ClassCost("focal", self.focal_alpha),
+            logits, boxes, packed.labels, packed.boxes, self.weights, self.class_cost
         )
-        query = matching_cost(terms, weights, None).min(1).indices
+        query = matching_cost(terms, self.weights, None).min(1).indices
         target = torch.arange(query.shape[1], device=query.device)
         return [(query[image, :n], target[:n]) for image, n in enumerate(packed.count_host)]
 

@@ -88,15 +88,17 @@ def set_loss(
         num_boxes = num_boxes.to(dtype)
     elif num_boxes is not None:
         num_boxes = targets.labels.new_full((), num_boxes, dtype=dtype)
-    matched = isinstance(match, Match)
+    target_of_query, status = (
+        (match.target_of_query, match.status) if isinstance(match, Match) else (match, None)
+    )
     losses: Tensor = _ops.set_loss.default(
         layers,
         layer_boxes,
         targets.labels,
         targets.boxes,
         targets.count,
-        match.target_of_query if matched else match,
-        match.status if matched else None,
+        target_of_query,
+        status,
         class_weight,
         num_boxes,
         _CLASS_LOSSES[kind],

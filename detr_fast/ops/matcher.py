@@ -19,6 +19,7 @@ from detr_fast.reference.match import (
     ClassCost,
     CostWeights,
     Match,
+    MatchNonFinite,
     MatchSizes,
     MatchStatus,
     NonFinite,
@@ -42,6 +43,7 @@ _ops = torch.ops.detr_fast
 _ALGORITHMS = {"auto": 0, "shortest_path": 1, "auction": 2}
 _CLASS_COSTS = {"softmax": 0, "focal": 1, "focal_logits": 2, "iou_aware": 3}
 _NON_FINITE = {"error": 0, "worst": 1}
+_MATCH_NON_FINITE = _NON_FINITE | {"status": 0}
 _REPLACE = 2
 _TIES = {"any": False, "scipy": True}
 
@@ -96,7 +98,7 @@ def linear_sum_assignment(
         count,
         _option("algorithm", algorithm, _ALGORITHMS),
         _option("ties", ties, _TIES),
-        *_non_finite(non_finite),
+        *_non_finite(non_finite, _NON_FINITE),
     )
     if status.is_cpu and not torch.compiler.is_compiling():
         statuses = status.tolist()
@@ -120,7 +122,7 @@ def hungarian_match(
     repeat: int = 1,
     extra_cost: Tensor | Sequence[Tensor] | None = None,
     ties: Ties = "any",
-    non_finite: NonFinite = "error",
+    non_finite: MatchNonFinite = "error",
 ) -> Match:
     """Match the queries and targets of all decoder layers and images, in one launch.
 
@@ -143,9 +145,9 @@ def hungarian_match(
             instance of masks.
         ties (str): ``"any"`` optimum, or the one that scipy finds where there are several.
         non_finite (str | tuple[float, float, float]): what NaN and infinity in the cost do.
-            ``"error"``: such a problem has no result (-1) and says so in its status, and on the
-            CPU is raised at once; ``"worst"``: they cost more than anything finite; or what
-            replaces NaN, ``+inf`` and ``-inf``.
+            ``"status"``: such a problem has no result (-1) and says so in its status; ``"error"``:
+            the same, and on the CPU it is raised at once; ``"worst"``: they cost more than
+            anything finite; or what replaces NaN, ``+inf`` and ``-inf``.
 
     Returns:
         Match: padded indices in both directions, cost and status, on the device of the logits.
@@ -174,7 +176,7 @@ def hungarian_match(
         groups,
         repeat,
         _option("ties", ties, _TIES),
-        *_non_finite(non_finite),
+        *_non_finite(non_finite, _MATCH_NON_FINITE),
     )
     queries = tuple(layer.shape[1] for layer in layers)
     # a graph that had seen the counts would be compiled anew for each of them
@@ -192,10 +194,10 @@ def _option(name: str, value: str, known: Mapping[str, int]) -> int:
     return known[value]
 
 
-def _non_finite(policy: NonFinite) -> tuple[int, tuple[float, ...]]:
+def _non_finite(policy: MatchNonFinite, known: Mapping[str, int]) -> tuple[int, tuple[float, ...]]:
     """Policy and replacements of NaN, +inf and -inf, as the ops take them."""
     if isinstance(policy, str):
-        return _option("non_finite", policy, _NON_FINITE), ()
+        return _option("non_finite", policy, known), ()
     return _REPLACE, policy
 
 

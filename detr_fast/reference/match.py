@@ -9,6 +9,8 @@ from torch import Tensor
 
 Ties: TypeAlias = Literal["any", "scipy"]
 NonFinite: TypeAlias = Literal["error", "worst"] | tuple[float, float, float]
+# of hungarian_match alone, whose result has a status
+MatchNonFinite: TypeAlias = NonFinite | Literal["status"]
 
 
 class PackedTargets(Protocol):
@@ -64,7 +66,8 @@ SOFTMAX = ClassCost()
 class MatchStatus(IntFlag):
     """What was found in the cost of a problem: the terms that are not finite, and so on.
 
-    Under ``non_finite="error"`` such a problem has no result; else the values were replaced.
+    Under ``non_finite="error"`` and ``"status"`` such a problem has no result; else the values were
+    replaced.
     """
 
     COST_CLASS = 1

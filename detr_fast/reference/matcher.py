@@ -20,6 +20,7 @@ from detr_fast.reference.match import (
     ClassCost,
     CostWeights,
     Match,
+    MatchNonFinite,
     MatchSizes,
     MatchStatus,
     NonFinite,
@@ -158,7 +159,7 @@ def hungarian_match(
     repeat: int = 1,
     extra_cost: Tensor | Sequence[Tensor] | None = None,
     ties: Ties = "any",
-    non_finite: NonFinite = "error",
+    non_finite: MatchNonFinite = "error",
 ) -> Match:
     """Match all layers and images: see :func:`detr_fast.ops.hungarian_match`.
 
@@ -201,7 +202,7 @@ def hungarian_match(
             if not found and not problem.isfinite().all():
                 found = MatchStatus.SUM
             status[layer, image, group] = found
-            if found and non_finite == "error":
+            if found and non_finite in ("error", "status"):
                 continue
             problem = replace_non_finite(problem, non_finite)
             try:
@@ -247,11 +248,11 @@ def _counts(count: Tensor, most: int) -> list[int]:
     return [min(max(n, 0), most) for n in count.tolist()]
 
 
-def replace_non_finite(cost: Tensor, non_finite: NonFinite) -> Tensor:
+def replace_non_finite(cost: Tensor, non_finite: MatchNonFinite) -> Tensor:
     """Apply the policy to the cost (Q, T) of one problem; ``"error"`` leaves it as it is."""
-    if non_finite == "error" or cost.isfinite().all():
+    if cost.isfinite().all() or non_finite in ("error", "status"):
         return cost
-    if non_finite != "worst":
+    if not isinstance(non_finite, str):
         nan, positive, negative = non_finite
         return cost.nan_to_num(nan=nan, posinf=positive, neginf=negative)
     finite = cost.where(cost.isfinite(), 0)
