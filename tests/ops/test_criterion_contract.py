@@ -110,12 +110,11 @@ def test_a_step_is_a_constant_number_of_ops(machine, listed):
         sides = (inputs[:half], inputs[half:]) if listed else inputs
         with CountOps() as counter:
             torch.autograd.grad(training_loss(*sides, targets), inputs)
-        kernels = [name for name in counter.names if "unbind" not in name]
         assert counter.names.count("detr_fast.set_loss.default") == 1
         assert counter.names.count("detr_fast.set_loss_backward.default") == 1
-        counted.append(kernels)
+        counted.append(counter.names)
     assert counted[0] == counted[1] == counted[2]
-    assert len(counted[0]) <= 30
+    assert len(counted[0]) <= 20
 
 
 def test_autocast_changes_nothing(machine):
