@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from detr_fast import reference
 from detr_fast.ops._library import with_reference
+from detr_fast.ops.layers import unbind_layers
 from detr_fast.reference.criterion import CROSS_ENTROPY, ClassLoss
 from detr_fast.reference.match import Match, PackedTargets
 
@@ -78,8 +79,8 @@ def set_loss(
         ValueError: if the class loss is unknown.
         RuntimeError: if a shape, dtype or device does not fit.
     """
-    layers = logits.unbind() if isinstance(logits, Tensor) else list(logits)
-    layer_boxes = boxes.unbind() if isinstance(boxes, Tensor) else list(boxes)
+    layers = unbind_layers(logits) if isinstance(logits, Tensor) else list(logits)
+    layer_boxes = unbind_layers(boxes) if isinstance(boxes, Tensor) else list(boxes)
     kind, alpha, gamma = class_loss
     dtype = torch.promote_types(layers[0].dtype if layers else torch.float32, torch.float32)
     if class_weight is not None:
