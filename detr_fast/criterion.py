@@ -105,8 +105,9 @@ class SetCriterion(nn.Module):
                 if a label is out of range or a matching cost is not finite.  On a GPU the losses
                 of such a layer are NaN.
         """
-        layers = {"": {name: value for name, value in outputs.items() if name != "aux_outputs"}}
-        layers |= {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        # in the order of the decoder, in which unbind_layers wants its gradients back
+        layers = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        layers[""] = {name: value for name, value in outputs.items() if name != "aux_outputs"}
         device = outputs["pred_logits"].device
         packed = targets if isinstance(targets, Targets) else Targets.from_list(targets)
         self._check_columns(layers)
@@ -127,14 +128,18 @@ class SetCriterion(nn.Module):
                 )
             indices: Sequence[Indices] = pairs() if hooks else [()] * len(layers)
             losses: dict[str, Tensor] = {}
-            for (suffix, layer), row, of_layer in zip(layers.items(), rows, indices, strict=True):
+            named = dict(zip(layers, zip(rows, indices, strict=True), strict=True))
+            for suffix in sorted(layers, key=bool):  # the last layer first
+                row, of_layer = named[suffix]
                 for loss in self.losses:
                     log = not suffix
                     if loss in fused:
                         values = self._named(loss, row, log)
                     else:
                         options = {} if log or loss != "labels" else {"log": False}
-                        values = self.get_loss(loss, layer, targets, of_layer, num_boxes, **options)
+                        values = self.get_loss(
+                            loss, layers[suffix], targets, of_layer, num_boxes, **options
+                        )
                     losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
