@@ -69,7 +69,9 @@ def weighted_losses(
     weighted = [name for name in losses if name in weights]
     order = [*weighted, *(name for name in losses if name not in weights)]
     values = [losses[name] for name in order]
-    factors = _constants(tuple(weights[n] for n in weighted), values[0].dtype, values[0].device)
+    # within torch.compile a constant is a constant; the cache would be ignored, with a warning
+    constants = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
+    factors = constants(tuple(weights[n] for n in weighted), values[0].dtype, values[0].device)
     total, scaled, unscaled = _WeightedSum.apply(factors, *values)
     terms = dict(zip(weighted, scaled.unbind(), strict=True))
     raw = dict(zip(order, unscaled.unbind(), strict=True))

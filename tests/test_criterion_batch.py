@@ -174,6 +174,26 @@ def test_the_reference_twins_give_the_same():
     assert_close(gradients(ours, leaves), gradients(theirs, leaves))
 
 
+def test_compiles_in_one_graph_for_all_counts():
+    torch.compiler.reset()
+    criterion = build(9)
+
+    def total(outputs, targets):
+        return weighted_losses(criterion(outputs, targets), loss_weights(3))
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for counts in ([7, 3], [2, 5], [0, 1]):
+        outputs, targets, leaves = layers_of(counts, 9)
+        packed = Targets.from_list(targets)
+        with torch._dynamo.config.patch(error_on_recompile=counts != [7, 3]):
+            loss, terms = compiled(outputs, packed)
+        expected, of_terms = total(outputs, packed)
+        assert_close(loss, expected)
+        assert_close(terms, of_terms)
+        ours, theirs = (torch.autograd.grad(value, leaves) for value in (loss, expected))
+        assert_close(ours, theirs)
+
+
 class Count(TorchDispatchMode):
     def __init__(self):
         super().__init__()
