@@ -52,6 +52,7 @@ struct Chunk {
   long long first;  // of layers x images x most_queries
   int begin;        // the first of its image
   int queries;      // may be none
+  int targets;      // of the image
 };
 
 template <typename scalar_t>
@@ -63,6 +64,7 @@ __device__ __forceinline__ Chunk chunk_of(const LossArguments<scalar_t>& argumen
   chunk.begin = blockIdx.x % arguments.chunks * kChunkQueries;
   chunk.first = static_cast<long long>(row) * arguments.most_queries + chunk.begin;
   chunk.queries = min(kChunkQueries, arguments.layers[chunk.layer].queries - chunk.begin);
+  chunk.targets = targets_of(arguments, chunk.image);
   return chunk;
 }
 
@@ -79,7 +81,7 @@ __device__ __forceinline__ Query query_of(const LossArguments<scalar_t>& argumen
                                           const Chunk& chunk, int slot) {
   const int64_t target = arguments.target_of_query[chunk.first + slot];
   Query query = {slot, -1, -1, target >= 0};
-  if (target < 0 || target >= targets_of(arguments, chunk.image)) return query;
+  if (target < 0 || target >= chunk.targets) return query;
   query.target = int(target);
   const int64_t label =
       arguments.labels[static_cast<long long>(chunk.image) * arguments.targets + target];

@@ -17,9 +17,9 @@ struct LossLayer {
   LayerInput logits;  // (images, queries, columns)
   LayerInput boxes;   // (images, queries, 4), centre and size
   int queries, columns;
-  bool
-      by_four;  // rows of logits, those of a contiguous gradient included, are whole groups of four
-                // numbers that one access may take, of 16 bytes or, if smaller, of their own size
+  // Rows of logits, and of their gradient, are groups of four numbers that one access may take (two
+  // of double): all begin on a multiple of the size of a group, or of 16 bytes if it is larger.
+  bool by_four;
 };
 
 // What both read; as in set_loss.h, from the first of these layers on.

@@ -8,12 +8,13 @@ import torch
 from torch.testing import assert_close
 
 import detr_fast
-from detr_fast.ops import hungarian_match, linear_sum_assignment
+from detr_fast.ops import hungarian_match, linear_sum_assignment, set_loss
 from tests.cudasim.ptx import Memory
 from tests.cudasim.ptx.emit import product_kernels, toolkit
 from tests.cudasim.ptx.interpreted import interpreted
 from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled
 from tests.ops.assignment_problems import problems
+from tests.ops.loss_cases import CROSS_ENTROPY, FOCAL, KINDS, VARIFOCAL, assert_near, loss_case, run
 from tests.ops.match_cases import CLASS_COSTS, DETR, assert_same_match, random_case
 
 # nvcc contracts products and sums; sums are added in another order
@@ -128,11 +129,37 @@ def test_emitted_match_equals_the_cpu_op(home, class_cost, ties, most, dtype):
     assert_same_match(found, expected)
 
 
+@functools.cache
+def losses_on_ptx(class_loss, dtype, home):
+    """Two blocks an image; rows of groups of four, other rows, and halves; a free image."""
+    case = loss_case([3, 0], 33, 12, class_loss, layers=2).to(dtype)
+    logits = case.logits.bfloat16() if dtype == torch.float32 else case.logits
+    narrow = case._replace(logits=[case.logits[0], case.logits[1, ..., :11]], boxes=[*case.boxes])
+    cases = case._replace(logits=logits, boxes=case.boxes.half()), narrow
+    with interpreted(home) as interpreter:
+        found = [run(set_loss, case) for case in cases]
+    return found, [run(set_loss, case) for case in cases], interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@KINDS
+def test_emitted_losses_equal_the_cpu_op(home, class_loss, dtype):
+    found, expected, launched = losses_on_ptx(class_loss, dtype, home)
+    assert launched
+    half = 1e-2 if dtype == torch.float32 else 1e-3  # the rounding of the gradients
+    for ours, theirs, rtol in zip(found, expected, (half, 1e-5), strict=True):
+        assert_close(ours.losses, theirs.losses, rtol=1e-5, atol=0)
+        assert_near(ours, theirs, rtol)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
     for dtype in (torch.float32, torch.float64):
         launched |= set().union(*(assign_on_ptx(*case, dtype, home)[2] for case in ASSIGNMENTS))
         launched |= set().union(*(match_on_ptx(*case, dtype, home)[2] for case in MATCHES))
+        launched |= set().union(
+            *(losses_on_ptx(loss, dtype, home)[2] for loss in (CROSS_ENTROPY, FOCAL, VARIFOCAL))
+        )
     assert launched == set(product_kernels(home))
 
 
