@@ -11,15 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Case, Contender, Missing, Setup, optional, within
-from benchmarks.problems import (
-    WEIGHTS,
-    original_match,
-    random_batch,
-    scipy_solver,
-    torchvision_giou,
-    total_costs,
-)
+from benchmarks.harness import Case, Contender, Missing, Setup, on_cpu, optional, within
+from benchmarks.original import missing_for_original, original_match
+from benchmarks.problems import WEIGHTS, random_batch, scipy_solver, total_costs
 from detr_fast import ops, reference
 from detr_fast.matcher import HungarianMatcher
 from detr_fast.matcher.rfdetr import HungarianMatcher as RFDetrMatcher
@@ -31,8 +25,8 @@ LAYERS = 6
 DRAINED = "cost image by image, scipy"
 SAME, TOTALS = within(), within(rtol=1e-6, atol=1e-5)
 # what a CPU has to reach, as ratios to the original DETR's matcher and to the drained costs
-DROP_IN_FLOORS = {100: 10.0, 900: 150.0}
-FUSED_FLOORS = {300: 1.5, 900: 1.5}
+DROP_IN_FLOORS = {100: {"DETR": 10.0}, 900: {"DETR": 150.0}}
+FUSED_FLOORS = {300: {DRAINED: 1.5}, 900: {DRAINED: 1.5}}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
@@ -42,27 +36,22 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         layers = LAYERS if queries < 900 else 1  # the original takes most of a second for each
         build = functools.partial(drop_in, device, layers, 16, queries, targets)
         name = f"HungarianMatcher {queries}x{targets}, {layers} layers"
-        floors = on_cpu(device, "DETR", DROP_IN_FLOORS.get(queries))
+        floors = on_cpu(device, DROP_IN_FLOORS.get(queries))
         result.append(Case(name, build, SAME, floors=floors))
     for images in (1,) if quick else (1, 4, 64):
         build = functools.partial(drop_in, device, 1, images, 100, 7)
         name = f"HungarianMatcher 100x7, 1 layer, {images} images"
-        result.append(Case(name, build, SAME, floors=on_cpu(device, "DETR", 1.0)))
+        result.append(Case(name, build, SAME, floors=on_cpu(device, {"DETR": 1.0})))
     shapes = [(size, kind) for size in SIZES for kind in KINDS] + [(CROWDED, "fresh")]
     for (queries, targets), kind in shapes[:1] if quick else shapes:
         build = functools.partial(fused, device, queries, targets, kind)
         name = f"hungarian_match {queries}x{targets}, {LAYERS} layers, {kind}"
-        floors = on_cpu(device, DRAINED, FUSED_FLOORS.get(queries))
+        floors = on_cpu(device, FUSED_FLOORS.get(queries))
         result.append(Case(name, build, TOTALS, floors=floors))
     if not quick:
         build = functools.partial(rf_detr, device, 300, 7, 13)
         result.append(Case("RF-DETR's matcher 3900x7, 13 groups, 1 layer", build, SAME))
     return result
-
-
-def on_cpu(device: torch.device, peer: str, floor: float | None) -> dict[str, float]:
-    """The floor of a case, where it has one."""
-    return {} if device.type != "cpu" or floor is None else {peer: floor}
 
 
 def test_matcher(case, bench):
@@ -78,7 +67,6 @@ def drop_in(device: torch.device, layers: int, images: int, queries: int, target
     def original() -> list[list[tuple[Tensor, Tensor]]]:
         return [original_match(layer, listed) for layer in outputs]
 
-    missing = [m for m in (torchvision_giou(), scipy_solver()) if isinstance(m, Missing)]
     with_reference = HungarianMatcher(*WEIGHTS)
 
     def expected() -> list[list[tuple[Tensor, Tensor]]]:
@@ -89,7 +77,7 @@ def drop_in(device: torch.device, layers: int, images: int, queries: int, target
         expected=expected,
         contenders={
             "detr_fast": Contender(lambda: [matcher(layer, listed) for layer in outputs]),
-            "DETR": missing[0] if missing else Contender(original, waits=True),
+            "DETR": missing_for_original() or Contender(original, waits=True),
         },
     )
 

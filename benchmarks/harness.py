@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
+from benchmarks.dispatched import dispatched
 from benchmarks.limits import measured_limits
 from benchmarks.report import records_table
 from benchmarks.timing import Run, Time, time_all, time_on_gpu
@@ -74,6 +75,7 @@ class Case:
         bytes (int): each input read once and each output written once.
         flops (int): floating-point operations, counted for matmul-bound cases.
         floors (dict[str, float]): the least ratio to a peer; less fails a run that is not quick.
+        count_ops (bool): record how many calls of torch each contender makes.
     """
 
     name: str
@@ -82,9 +84,15 @@ class Case:
     bytes: int = 0
     flops: int = 0
     floors: dict[str, float] = field(default_factory=dict, repr=False)
+    count_ops: bool = field(default=False, repr=False)
 
     def __str__(self) -> str:
         return self.name
+
+
+def on_cpu(device: torch.device, floors: dict[str, float] | None) -> dict[str, float]:
+    """The floors of a case, where it has any: none of them speaks of a GPU."""
+    return floors or {} if device.type == "cpu" else {}
 
 
 def optional(module: str) -> ModuleType | Missing:
@@ -167,6 +175,10 @@ def compare(
     if device.type == "cuda":
         for name, contender in ready.items():
             entries[name] |= _gpu_time(contender, seconds)
+    if case.count_ops:
+        for name, contender in ready.items():
+            if not contender.slow_start:  # a compiled graph would be compiled anew
+                entries[name]["ops"] = len(dispatched(contender.run))
     subject = next(iter(contenders))
     ours = entries.pop(subject)
     for name, entry in entries.items():

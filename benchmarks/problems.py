@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions and targets for the matching benchmarks, and the original DETR's matcher.
+"""Predictions and targets for the benchmarks of matching and losses.
 
 Numbers of targets vary from image to image as in COCO: most images have few, some have many.  A
 ``fresh`` model predicts at random, a ``trained`` one has a query close to each target, and the
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Missing, optional
-from detr_fast import ops, reference
+from detr_fast import ops
 from detr_fast.data import Targets
 from detr_fast.reference.matcher import matching_cost, matching_cost_terms
 
@@ -102,29 +102,3 @@ def scipy_solver() -> Any:
     """``scipy.optimize.linear_sum_assignment``, or why it is missing."""
     scipy = optional("scipy.optimize")
     return scipy if isinstance(scipy, Missing) else scipy.linear_sum_assignment
-
-
-def original_match(
-    outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]
-) -> list[tuple[Tensor, Tensor]]:
-    """What the original DETR computes: one matrix for all pairs of images, then scipy."""
-    logits, boxes = outputs["pred_logits"], outputs["pred_boxes"]
-    probability = logits.flatten(0, 1).softmax(-1)
-    labels = torch.cat([t["labels"] for t in targets])
-    of_targets = torch.cat([t["boxes"] for t in targets])
-    corners = reference.box_cxcywh_to_xyxy(boxes.flatten(0, 1))
-    cost = (
-        WEIGHTS.cost_bbox * torch.cdist(boxes.flatten(0, 1), of_targets, p=1)
-        + WEIGHTS.cost_class * -probability[:, labels]
-        - WEIGHTS.cost_giou * torchvision_giou()(corners, reference.box_cxcywh_to_xyxy(of_targets))
-    )
-    cost = cost.view(*logits.shape[:2], -1).cpu()
-    blocks = cost.split([len(t["labels"]) for t in targets], -1)
-    pairs = [scipy_solver()(block[image]) for image, block in enumerate(blocks)]
-    return [(torch.as_tensor(q), torch.as_tensor(t)) for q, t in pairs]
-
-
-def torchvision_giou() -> Any:
-    """torchvision's pairwise GIoU, or why it is missing."""
-    torchvision = optional("torchvision")
-    return torchvision if isinstance(torchvision, Missing) else torchvision.ops.generalized_box_iou

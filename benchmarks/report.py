@@ -37,7 +37,7 @@ def _cases_table(cases: list[dict[str, Any]]) -> str:
     lines = ["| case | subject | us | spread | GPU us | of the limit | peers |"]
     lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
     for record in cases:
-        cells = [record["case"], record["subject"]]
+        cells = [record["case"], record["subject"] + _ops(record)]
         cells += [f"{record['us']:g}", f"{record['spread']:.0%}"]
         cells += [f"{record['gpu_us']:g}" if "gpu_us" in record else "", _rate(record)]
         cells.append("; ".join(_peer(*item) for item in record["peers"].items()))
@@ -49,7 +49,11 @@ def _peer(name: str, entry: dict[str, Any]) -> str:
     if "missing" in entry:
         return f"{name}: missing ({textwrap.shorten(entry['missing'], 60)})"
     gpu = f", {entry['gpu_ratio']:g}x GPU time" if "gpu_ratio" in entry else ""
-    return f"{name} {entry['ratio']:g}x ({entry['us']:g} us{gpu})"
+    return f"{name} {entry['ratio']:g}x ({entry['us']:g} us{gpu}{_ops(entry)})"
+
+
+def _ops(entry: dict[str, Any]) -> str:
+    return f", {entry['ops']} ops" if "ops" in entry else ""
 
 
 def _rate(record: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import torch
 Run = Callable[[], Any]
 SHORTEST_ROUND = 5e-3  # seconds: long enough that what the others left in the caches is forgotten
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+LONG = 0.5  # seconds: a call to which warm caches mean nothing, so that each of them counts
 RUNS_PER_GRAPH = 20  # shares out the launch of the graph
 
 
@@ -38,16 +39,20 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
         launches are included where they take longer than the kernels.
     """
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
-    counts, rounds = {}, MOST_ROUNDS
+    counts, warm, rounds = {}, {}, MOST_ROUNDS
     for name, run in runs.items():
-        _wall_time(one_round, run, 2)
-        once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
+        once = _wall_time(one_round, run, 1)
+        if once < LONG:
+            _wall_time(one_round, run, 1)
+            once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
+        warm[name] = once < LONG
         counts[name] = max(1, round(SHORTEST_ROUND / once))
         rounds = min(rounds, int(seconds / (counts[name] * once)))
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(max(rounds, LEAST_ROUNDS)):
         for name, run in runs.items():
-            run()
+            if warm[name]:
+                run()
             samples[name].append(one_round(run, counts[name]) / counts[name])
     return {name: summary(values) for name, values in samples.items()}
 

@@ -2,17 +2,19 @@
 """The set prediction loss of DETR (Carion et al., ECCV 2020)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
 
+from detr_fast.loss_terms import loss_weights, scalars_of, weighted_losses
 from detr_fast.matcher.base import layer_tensors
 from detr_fast.matcher.packing import Targets
 from detr_fast.ops.criterion import ClassLoss, set_loss
 from detr_fast.ops.matcher import Match
 from detr_fast.reference.criterion import CROSS_ENTROPY
+
+__all__ = ["SetCriterion", "loss_weights", "weighted_losses"]
 
 Outputs: TypeAlias = Mapping[str, Any]
 ImageTargets: TypeAlias = Sequence[Mapping[str, Tensor]]
@@ -24,6 +26,7 @@ _COLUMNS = {
     "boxes": {"loss_bbox": 1, "loss_giou": 2},
     "cardinality": {"cardinality_error": 3},
 }
+_DIFFERENTIABLE = 3  # the first ones; the others are for the log
 _LAST_LAYER_ONLY = "class_error"
 
 
@@ -102,8 +105,9 @@ class SetCriterion(nn.Module):
                 if a label is out of range or a matching cost is not finite.  On a GPU the losses
                 of such a layer are NaN.
         """
-        layers = {"": {name: value for name, value in outputs.items() if name != "aux_outputs"}}
-        layers |= {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        # in the order of the decoder, in which unbind_layers wants its gradients back
+        layers = {f"_{i}": layer for i, layer in enumerate(outputs.get("aux_outputs", ()))}
+        layers[""] = {name: value for name, value in outputs.items() if name != "aux_outputs"}
         device = outputs["pred_logits"].device
         packed = targets if isinstance(targets, Targets) else Targets.from_list(targets)
         self._check_columns(layers)
@@ -119,17 +123,23 @@ class SetCriterion(nn.Module):
             num_boxes = _boxes_per_process(packed) if hooks or _has_processes() else None
             rows: Sequence[Sequence[Tensor]] = [()] * len(layers)
             if fused:
-                rows = _rows(self._losses([*layers.values()], packed, match, num_boxes))
+                rows = scalars_of(
+                    self._losses([*layers.values()], packed, match, num_boxes), _DIFFERENTIABLE
+                )
             indices: Sequence[Indices] = pairs() if hooks else [()] * len(layers)
             losses: dict[str, Tensor] = {}
-            for (suffix, layer), row, of_layer in zip(layers.items(), rows, indices, strict=True):
+            named = dict(zip(layers, zip(rows, indices, strict=True), strict=True))
+            for suffix in sorted(layers, key=bool):  # the last layer first
+                row, of_layer = named[suffix]
                 for loss in self.losses:
                     log = not suffix
                     if loss in fused:
                         values = self._named(loss, row, log)
                     else:
                         options = {} if log or loss != "labels" else {"log": False}
-                        values = self.get_loss(loss, layer, targets, of_layer, num_boxes, **options)
+                        values = self.get_loss(
+                            loss, layers[suffix], targets, of_layer, num_boxes, **options
+                        )
                     losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
@@ -290,7 +300,8 @@ class SetCriterion(nn.Module):
         }
         packed = Targets.from_list(targets).to(some.device, non_blocking=True)
         found = _target_of_query(indices, shape[1], some.device)[None]
-        [row] = _rows(self._losses([{**nothing, **outputs}], packed, found, num_boxes))
+        table = self._losses([{**nothing, **outputs}], packed, found, num_boxes)
+        [row] = scalars_of(table, _DIFFERENTIABLE)
         return row
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
@@ -300,66 +311,6 @@ class SetCriterion(nn.Module):
     def _get_tgt_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Image and target of every matched pair, to index ``(B, T, ...)`` with."""
         return _flat_index([tgt for _, tgt in indices])
-
-
-def loss_weights(
-    dec_layers: int,
-    aux_loss: bool = True,
-    *,
-    ce_loss_coef: float = 1,
-    bbox_loss_coef: float = 5,
-    giou_loss_coef: float = 2,
-) -> dict[str, float]:
-    """The ``weight_dict`` of :class:`SetCriterion`: equal weights in all decoder layers.
-
-    Args:
-        dec_layers (int): number of decoder layers.
-        aux_loss (bool): whether the layers before the last one have losses too (``_0``, ``_1``...).
-        ce_loss_coef (float): weight of the classification loss.
-        bbox_loss_coef (float): weight of the L1 loss.
-        giou_loss_coef (float): weight of the GIoU loss.
-    """
-    last = {"loss_ce": ce_loss_coef, "loss_bbox": bbox_loss_coef, "loss_giou": giou_loss_coef}
-    layers = range(dec_layers - 1) if aux_loss else ()
-    return last | {f"{name}_{i}": weight for i in layers for name, weight in last.items()}
-
-
-def weighted_losses(
-    losses: Mapping[str, Tensor], weights: Mapping[str, float]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The total loss, and all terms under the names that DETR logs them with.
-
-    The number of ops does not depend on the number of losses, and nothing waits for a GPU.
-
-    Args:
-        losses (Mapping[str, Tensor]): scalars on one device.
-        weights (Mapping[str, float]): of those that count; others are logged alone.
-
-    Returns:
-        tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
-        name, and every term unweighted as ``<name>_unscaled``.
-    """
-    weighted = [name for name in losses if name in weights]
-    order = [*weighted, *(name for name in losses if name not in weights)]
-    unscaled = torch.stack([losses[name] for name in order])
-    factors = _constants(tuple(weights[name] for name in weighted), unscaled.dtype, unscaled.device)
-    scaled = unscaled[: len(weighted)] * factors
-    terms = dict(zip(weighted, scaled.detach().unbind(), strict=True))
-    raw = dict(zip(order, unscaled.detach().unbind(), strict=True))
-    return scaled.sum(), terms | {f"{name}_unscaled": raw[name] for name in losses}
-
-
-@lru_cache(maxsize=16)
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device: copied there once, for a copy from pageable memory waits for a GPU."""
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-def _rows(table: Tensor) -> list[Sequence[Tensor]]:
-    """The scalars of the op's table, row by row; the number of ops does not depend on its size."""
-    losses, logged = table.flatten().unbind(), table.detach().flatten().unbind()
-    starts = range(0, len(losses), table.shape[1])
-    return [(*losses[i : i + 3], *logged[i + 3 : i + table.shape[1]]) for i in starts]
 
 
 def _speaks_for_all_layers(matcher: nn.Module) -> bool:

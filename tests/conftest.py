@@ -2,6 +2,7 @@
 """Fixtures that all tests share."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,15 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder (set DETR_FAST_TEST_DATA)")
     return folder.resolve()
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """The meta device, where looking at a number raises; autocast alone does not know it."""
+    autocast = torch.autocast
+
+    def known(device_type, **options):
+        return nullcontext() if device_type == "meta" else autocast(device_type, **options)
+
+    monkeypatch.setattr(torch, "autocast", known)
+    return torch.device("meta")

@@ -303,6 +303,7 @@ def test_names_layer_and_image_of_nan_logits():
     with pytest.raises(ValueError, match=r"aux_outputs\[1\], image 1: .* pred_logits hold NaN"):
         build(9)(outputs, targets)
     with torch.no_grad():
+        outputs["aux_outputs"][1]["pred_logits"][1, 0] = 0
         outputs["pred_logits"][0, 0] = torch.nan
     with pytest.raises(ValueError, match="last decoder layer, image 0"):
         build(9)(outputs, targets)

@@ -26,6 +26,9 @@ REGISTERS = {
     "matched_box_losses_backward_kernel": {"float": 56, "double": 72},
     "linear_sum_assignment_kernel": {"float": 112, "double": 112},
     "hungarian_match_kernel": {"float": 128, "double": 152},
+    "set_loss_kernel": {"float": 72, "double": 152},
+    "set_loss_finish_kernel": {"float": 64, "double": 64},
+    "set_loss_backward_kernel": {"float": 72, "double": 152},
 }
 ENTRY = re.compile(
     r"entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"

@@ -18,6 +18,9 @@ struct LayerInput {
   int64_t image_step, query_step, column_step;
 };
 
+// Layers that one launch takes: as many as the 4 KiB of a kernel's parameters hold.
+constexpr int kMostLayers = 32;
+
 // float for half and bfloat16, else the type itself
 template <typename source_t>
 using arithmetic_t = std::conditional_t<std::is_same_v<source_t, double>, double, float>;

@@ -20,6 +20,7 @@ DETR_FAST_HOST_DEVICE scalar_t largest_of_row(const scalar_t* row, int filled) {
   scalar_t lanes[kLanes];
   for (int k = 0; k < kLanes; ++k) lanes[k] = -scalar_t(kInfinity);
   for (int c = 0; c < filled; c += kLanes) {
+#pragma omp simd
     for (int k = 0; k < kLanes; ++k) lanes[k] = larger(row[c + k], lanes[k]);
   }
   scalar_t most = lanes[0];
@@ -33,6 +34,7 @@ DETR_FAST_HOST_DEVICE scalar_t exponentials_of_row(scalar_t* row, int filled, sc
   scalar_t lanes[kLanes];
   for (int k = 0; k < kLanes; ++k) lanes[k] = 0;
   for (int c = 0; c < filled; c += kLanes) {
+#pragma omp simd
     for (int k = 0; k < kLanes; ++k) {
       row[c + k] = exponential(row[c + k] - most);
       lanes[k] += row[c + k];

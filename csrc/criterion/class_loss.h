@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/elementary.h"
 #include "common/host_device.h"
@@ -45,6 +46,19 @@ template <bool kSquared, typename scalar_t>
 DETR_FAST_HOST_DEVICE scalar_t focus(scalar_t base, scalar_t gamma) {
   if constexpr (kSquared) return base * base;
   return std::pow(base, gamma);
+}
+
+// Calls body(integral_constant of the kind, true_type if gamma is 2) for the losses of the sigmoid.
+template <typename scalar_t, typename Body>
+DETR_FAST_HOST_DEVICE void dispatch_sigmoid(ClassLossFormula<scalar_t> formula, const Body& body) {
+  const auto with_kind = [&](auto kind) {
+    formula.gamma == 2 ? body(kind, std::true_type()) : body(kind, std::false_type());
+  };
+  if (formula.kind == ClassLossKind::kFocal) {
+    with_kind(std::integral_constant<ClassLossKind, ClassLossKind::kFocal>());
+  } else {
+    with_kind(std::integral_constant<ClassLossKind, ClassLossKind::kVarifocal>());
+  }
 }
 
 // A loss and its derivative by the logit.

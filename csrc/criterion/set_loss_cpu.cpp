@@ -19,19 +19,6 @@ namespace {
 // The fewest logits that are worth another thread (about 10 us of work).
 constexpr int64_t kLogitsPerThread = 8192;
 
-// Calls body(integral_constant of the kind, true_type if gamma is 2) for the losses of the sigmoid.
-template <typename scalar_t, typename Body>
-void dispatch_sigmoid(ClassLossFormula<scalar_t> formula, const Body& body) {
-  const auto with_kind = [&](auto kind) {
-    formula.gamma == 2 ? body(kind, std::true_type()) : body(kind, std::false_type());
-  };
-  if (formula.kind == ClassLossKind::kFocal) {
-    with_kind(std::integral_constant<ClassLossKind, ClassLossKind::kFocal>());
-  } else {
-    with_kind(std::integral_constant<ClassLossKind, ClassLossKind::kVarifocal>());
-  }
-}
-
 // The number at `data`, of any of the four types.
 template <typename scalar_t>
 scalar_t number_at(const void* data, torch::headeronly::ScalarType type, int64_t index) {
@@ -158,7 +145,7 @@ struct SetLoss {
   QuerySums forward(int layer, int image, scalar_t* row, scalar_t* softmax) const {
     const int64_t* const targets = targets_of(layer, image);
     const int size = layers[layer].columns, filled = padded(size);
-    QuerySums sums;
+    QuerySums sums = {};
     for (int q = 0; q < layers[layer].queries; ++q) {
       const int64_t target = targets[q];
       const int column = column_of(layer, image, target);
@@ -278,7 +265,7 @@ void forward(const SetLossProblems& problems, const SetLossInputs& inputs,
   });
   const scalar_t num_boxes = call.num_boxes();
   for (int layer = 0; layer < problems.layers; ++layer) {
-    LayerSums total;
+    LayerSums total = {};
     for (int image = 0; image < problems.images; ++image) {
       int bits = 0;
       if (inputs.status) {

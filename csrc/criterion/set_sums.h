@@ -16,12 +16,13 @@ enum LossColumn { kClassLoss, kBoxLoss, kGiouLoss, kCardinalityError, kClassErro
 enum DivisorColumn { kClassDivisor, kBoxDivisor, kDivisorColumns };
 
 // What some queries of an image add to the losses of their layer. In double: a sum of thousands of
-// floats would lose a digit, and there are only few additions.
+// floats would lose a digit, and there are only few additions. Start from {}: without initial
+// values of their own the sums may lie in shared memory.
 struct QuerySums {
-  double class_loss = 0, weight = 0, bbox = 0, giou = 0;
-  int matched = 0, correct = 0;  // of the matched queries, those whose largest logit is their class
-  int predicted = 0;             // queries whose largest logit is not the last one
-  int wrong = 0;                 // targets or labels that there are not
+  double class_loss, weight, bbox, giou;
+  int matched, correct;  // of the matched queries, those whose largest logit is their class
+  int predicted;         // queries whose largest logit is not the last one
+  int wrong;             // targets or labels that there are not
 };
 
 DETR_FAST_HOST_DEVICE QuerySums sum_of(const QuerySums& a, const QuerySums& b) {
@@ -38,12 +39,14 @@ DETR_FAST_HOST_DEVICE QuerySums sum_of(const QuerySums& a, const QuerySums& b) {
 // The sums over images; `cardinality` is that of the errors of each of them.
 struct LayerSums {
   QuerySums queries;
-  int64_t cardinality = 0;
-  int failed = 0;  // images without a match that should have one
+  int64_t cardinality;
+  int64_t targets;
+  int64_t failed;  // images without a match that should have one
 };
 
 DETR_FAST_HOST_DEVICE LayerSums sum_of(const LayerSums& a, const LayerSums& b) {
-  return {sum_of(a.queries, b.queries), a.cardinality + b.cardinality, a.failed + b.failed};
+  return {sum_of(a.queries, b.queries), a.cardinality + b.cardinality, a.targets + b.targets,
+          a.failed + b.failed};
 }
 
 // One image; `bits` are those of its status.
@@ -51,7 +54,7 @@ DETR_FAST_HOST_DEVICE LayerSums image_sums(const QuerySums& sums, int count, int
                                            int bits) {
   const int error = sums.predicted - count;
   const bool failed = bits != 0 && count > 0 && queries > 0 && sums.matched == 0;
-  return {sums, error < 0 ? -error : error, failed ? 1 : 0};
+  return {sums, error < 0 ? -error : error, count, failed ? 1 : 0};
 }
 
 // Writes the losses and divisors of a layer. Cross-entropy is divided by the sum of the weights.

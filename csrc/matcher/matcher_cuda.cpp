@@ -5,29 +5,15 @@
 
 #include <algorithm>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "common/device.h"
-#include "common/dispatch.h"
+#include "common/device_element.h"
 #include "common/library.h"
 #include "matcher/matcher.h"
 #include "matcher/matcher_kernels.h"
 
 namespace detr_fast {
 namespace {
-
-// The data of a tensor of any of the four types.
-const void* read(const DeviceScope& device, const Tensor& tensor) {
-  const void* data = nullptr;
-  dispatch_floating_or_half(tensor.scalar_type(),
-                            [&](auto zero) { data = device.read<decltype(zero)>(tensor); });
-  return data;
-}
-
-LayerInput read_layer(const DeviceScope& device, const Tensor& tensor) {
-  return layer_input(read(device, tensor), tensor);
-}
 
 // Shared memory of a block and workspace of a problem: none where the shared memory suffices even
 // if no target is padding.
@@ -67,7 +53,7 @@ void match_layers(const MatchInputs& inputs, const MatchProblems& problems,
   arguments.targets = problems.targets;
   arguments.most_queries = problems.most_queries;
   arguments.labels = device.read<int64_t>(labels);
-  arguments.target_boxes = read(device, target_boxes);
+  arguments.target_boxes = read_elements(device, target_boxes);
   arguments.count = device.read<int>(count);
   arguments.formula = formula_as<scalar_t>(problems.formula);
   arguments.non_finite = problems.non_finite;

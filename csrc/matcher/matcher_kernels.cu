@@ -2,7 +2,9 @@
 // The matching kernel: a block takes one problem (layer, image, group) from logits to indices. All
 // warps build its costs in shared memory, one warp solves, all write the result. Nothing of it is
 // ever in global memory unless it exceeds the shared memory; counts are read on the device.
+#include "boxes/box_elements.cuh"
 #include "common/cuda.h"
+#include "common/element.cuh"
 #include "common/warp.cuh"
 #include "matcher/matcher_kernels.h"
 #include "matcher/non_finite.h"
@@ -18,27 +20,6 @@ constexpr int kMostThreads = sizeof(scalar_t) == sizeof(float) ? 512 : 256;
 
 // Lanes that share a query's logits: 8 floats are the 32 bytes that memory hands out at once.
 constexpr int kQueryLanes = 8;
-
-__device__ __forceinline__ float number(float value) { return value; }
-__device__ __forceinline__ double number(double value) { return value; }
-__device__ __forceinline__ float number(__half value) { return __half2float(value); }
-__device__ __forceinline__ float number(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-template <typename scalar_t>
-__device__ __forceinline__ scalar_t load(const void* data, ElementType type, long long index) {
-  if (type == ElementType::kFloat) return scalar_t(static_cast<const float*>(data)[index]);
-  if (type == ElementType::kDouble) return scalar_t(static_cast<const double*>(data)[index]);
-  if (type == ElementType::kHalf) return number(static_cast<const __half*>(data)[index]);
-  return number(static_cast<const __nv_bfloat16*>(data)[index]);
-}
-
-template <typename scalar_t>
-__device__ __forceinline__ Box<scalar_t> load_box(const void* data, ElementType type,
-                                                  long long index, long long step) {
-  return {load<scalar_t>(data, type, index), load<scalar_t>(data, type, index + step),
-          load<scalar_t>(data, type, index + 2 * step),
-          load<scalar_t>(data, type, index + 3 * step)};
-}
 
 // A target as the costs need it.
 template <typename scalar_t>
@@ -179,19 +160,10 @@ __device__ void class_costs(const MatchArguments<scalar_t>& arguments, const Mat
     const int q = min(wanted, problem.queries - 1);
     const long long offset =
         problem.image * logits.image_step + (problem.first + q) * logits.query_step;
-    const auto run = [&](auto zero) {
+    dispatch_source<scalar_t>(arguments.logits_type, [&](auto zero) {
       query_class_costs<decltype(zero)>(arguments.formula, logits, offset, layer.columns, problem,
                                         q, wanted == q);
-    };
-    if constexpr (sizeof(scalar_t) == sizeof(double)) {
-      run(double());
-    } else if (arguments.logits_type == ElementType::kHalf) {
-      run(__half());
-    } else if (arguments.logits_type == ElementType::kBFloat16) {
-      run(__nv_bfloat16());
-    } else {
-      run(float());
-    }
+    });
   }
 }
 

@@ -11,9 +11,6 @@
 
 namespace detr_fast {
 
-// Layers that one launch matches: as many as the 4 KiB of a kernel's parameters hold.
-constexpr int kMostLayers = 32;
-
 template <typename scalar_t>
 struct MatchArguments {
   MatchLayer layers[kMostLayers];

@@ -17,6 +17,7 @@ from detr_fast.models.position_encoding import PositionEncodingLearned, Position
 from detr_fast.models.postprocess import PostProcess
 from detr_fast.models.tiny import DETR_TINY, ConvBackbone, place_queries
 from detr_fast.models.transformer import Attention, ReferenceAttention, Transformer
+from detr_fast.ops.layers import unbind_layers
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
 PUBLISHED_CLASSES = 91
@@ -128,7 +129,9 @@ class DETR(nn.Module):
             boxes = _at_least_float32(self.bbox_embed(states)).sigmoid()
         outputs = [
             {"pred_logits": layer_logits, "pred_boxes": layer_boxes}
-            for layer_logits, layer_boxes in zip(logits.unbind(), boxes.unbind(), strict=True)
+            for layer_logits, layer_boxes in zip(
+                unbind_layers(logits), unbind_layers(boxes), strict=True
+            )
         ]
         if self.config.aux_loss:
             return {**outputs[-1], "aux_outputs": outputs[:-1]}

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from detr_fast import reference
 from detr_fast.ops._library import with_reference
+from detr_fast.ops.layers import unbind_layers
 from detr_fast.reference.criterion import CROSS_ENTROPY, ClassLoss
 from detr_fast.reference.match import Match, PackedTargets
 
@@ -27,7 +28,15 @@ LOSS_COLUMNS = ("class_loss", "l1", "giou_loss", "cardinality_error", "class_err
 _DIVISORS = 2
 
 
-@with_reference(reference.set_loss)
+def _check_class_loss(*_: Any, class_loss: ClassLoss = CROSS_ENTROPY, **__: Any) -> None:
+    if isinstance(class_loss, str):
+        raise ValueError(f"class_loss: expected ClassLoss({class_loss!r}), got {class_loss!r}")
+    if class_loss.kind not in _CLASS_LOSSES:
+        known = ", ".join(map(repr, _CLASS_LOSSES))
+        raise ValueError(f"class_loss: expected one of {known}, got {class_loss.kind!r}")
+
+
+@with_reference(reference.set_loss, check=_check_class_loss)
 def set_loss(
     logits: Tensor | Sequence[Tensor],
     boxes: Tensor | Sequence[Tensor],
@@ -70,19 +79,16 @@ def set_loss(
         ValueError: if the class loss is unknown.
         RuntimeError: if a shape, dtype or device does not fit.
     """
-    layers = logits.unbind() if isinstance(logits, Tensor) else list(logits)
-    layer_boxes = boxes.unbind() if isinstance(boxes, Tensor) else list(boxes)
+    layers = unbind_layers(logits) if isinstance(logits, Tensor) else list(logits)
+    layer_boxes = unbind_layers(boxes) if isinstance(boxes, Tensor) else list(boxes)
     kind, alpha, gamma = class_loss
-    if kind not in _CLASS_LOSSES:
-        known = ", ".join(map(repr, _CLASS_LOSSES))
-        raise ValueError(f"class_loss: expected one of {known}, got {kind!r}")
-    dtype = torch.promote_types(layers[0].dtype, torch.float32)
+    dtype = torch.promote_types(layers[0].dtype if layers else torch.float32, torch.float32)
     if class_weight is not None:
         class_weight = class_weight.to(dtype)
     if isinstance(num_boxes, Tensor):
         num_boxes = num_boxes.to(dtype)
     elif num_boxes is not None:
-        num_boxes = layers[0].new_full((), num_boxes, dtype=dtype)
+        num_boxes = targets.labels.new_full((), num_boxes, dtype=dtype)
     target_of_query, status = (
         (match.target_of_query, match.status) if isinstance(match, Match) else (match, None)
     )
@@ -147,10 +153,16 @@ def _set_loss_backward_fake(
     needs_boxes: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     sides = ((logits, needs_logits), (boxes, needs_boxes))
-    grad_logits, grad_boxes = (
-        [layer.new_empty(layer.shape) for layer in layers if needed] for layers, needed in sides
-    )
+    grad_logits, grad_boxes = (_gradients_of(layers) if needed else [] for layers, needed in sides)
     return grad_logits, grad_boxes
+
+
+def _gradients_of(layers: Sequence[Tensor]) -> list[Tensor]:
+    """Slices of one block of memory where all layers are of one shape, as in set_loss.h."""
+    first = layers[0]
+    if all(layer.shape == first.shape for layer in layers):
+        return list(first.new_empty(len(layers), *first.shape).unbind())
+    return [layer.new_empty(layer.shape) for layer in layers]
 
 
 def _set_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -165,23 +177,27 @@ def _set_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 
 @once_differentiable
-def _set_loss_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the logits and of the boxes of all layers, in a row as once_differentiable wants them."""
     layers = ctx.layers
     needs_logits, needs_boxes = ctx.needs_input_grad[:2]
-    none = [None] * layers
-    if grad is None:
-        return none, none, *[None] * 10
     saved = ctx.saved_tensors
     logits, boxes, tensors = saved[:layers], saved[layers : 2 * layers], saved[2 * layers :]
     grads = _ops.set_loss_backward.default(
         grad, logits, boxes, *tensors, *ctx.options, any(needs_logits), any(needs_boxes)
     )
-    sides = zip(grads, (needs_logits, needs_boxes), strict=True)
-    by_layer = (
-        [g if needed else None for g, needed in zip(of_side or none, needs, strict=True)]
-        for of_side, needs in sides
+    none = [None] * layers
+    return tuple(
+        g if needed else None
+        for of_side, needs in zip(grads, (needs_logits, needs_boxes), strict=True)
+        for g, needed in zip(of_side or none, needs, strict=True)
     )
-    return *by_layer, *[None] * 10
+
+
+def _set_loss_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    layers = ctx.layers
+    grads = [None] * (2 * layers) if grad is None else _gradients(ctx, grad)
+    return list(grads[:layers]), list(grads[layers:]), *[None] * 10
 
 
 torch.library.register_autograd(

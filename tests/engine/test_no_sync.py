@@ -3,7 +3,6 @@
 
 import importlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -30,17 +29,11 @@ RECIPES = {
 
 
 @pytest.fixture
-def meta(monkeypatch):
-    """Autocast and the optimizer's constructor do not know meta tensors; their operators do."""
+def meta(meta, monkeypatch):
+    """The meta device; the constructor of the optimizer does not know it, its operators do."""
     optimizer = importlib.import_module("torch.optim.optimizer")  # torch.optim hides its name
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    autocast = torch.autocast
-
-    def known(device_type, **options):
-        return nullcontext() if device_type == "meta" else autocast(device_type, **options)
-
-    monkeypatch.setattr(torch, "autocast", known)
-    return torch.device("meta")
+    return meta
 
 
 class Training:

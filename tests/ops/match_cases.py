@@ -24,15 +24,19 @@ def random_boxes(*sizes, generator):
     return torch.cat([draw[..., :2], 0.02 + draw[..., 2:] / 2], -1).float()
 
 
-def random_case(counts, queries, layers=2, columns=11, seed=0, device="cpu"):
-    """Logits (L, B, Q, C), boxes (L, B, Q, 4) and targets; their padding holds garbage."""
+def random_case(counts, queries, layers=2, columns=11, seed=0, device="cpu", classes=None):
+    """Logits (L, B, Q, C), boxes (L, B, Q, 4) and targets; their padding holds garbage.
+
+    By default the last column is no class.
+    """
+    classes = columns - 1 if classes is None else classes
     g = torch.Generator().manual_seed(seed)
     logits = 2 * torch.randn(layers, len(counts), queries, columns, generator=g)
     boxes = random_boxes(layers, len(counts), queries, generator=g)
     targets = Targets.from_list(
         [
             {
-                "labels": torch.randint(columns - 1, (n,), generator=g),
+                "labels": torch.randint(classes, (n,), generator=g),
                 "boxes": random_boxes(n, generator=g),
             }
             for n in counts

@@ -13,7 +13,7 @@ from tests.ops.test_boxes import MATCHED, NAN, PAIRWISE, random_boxes, run
 
 COMPOSITES = ["box_area", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
 NOT_OPS = {"backend", "check_boxes", "use_reference"}
-NOT_OPS |= {"ClassCost", "CostWeights", "Match", "MatchStatus"}
+NOT_OPS |= {"ClassCost", "ClassLoss", "CostWeights", "Match", "MatchStatus"}
 
 
 def arguments(name, device, dtype=torch.float32):
