@@ -101,7 +101,8 @@ class MovingAverage:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.module, self.decay = copy.deepcopy(model), decay
-        self._averages, self._weights = list(self.module.parameters()), list(model.parameters())
+        self._averages: list[Tensor] = list(self.module.parameters())
+        self._weights: list[Tensor] = list(model.parameters())
         self._copies, self._buffers = list(self.module.buffers()), list(model.buffers())
 
     @torch.no_grad()

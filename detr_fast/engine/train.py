@@ -144,6 +144,7 @@ def train_one_epoch(
         if learner.updated:
             after_update(batch + 1)
             if stop.signal:
+                metrics.finish()
                 return batch + 1
     metrics.finish()
     log.say(f"Averaged stats: {log}" + (f"  skipped: {n}" if (n := metrics.skipped) else ""))

@@ -144,6 +144,22 @@ def test_time_includes_the_wait_for_the_device(clock, monkeypatch):
     assert "time: 3.0000" in stream.getvalue()
 
 
+def test_the_wait_of_a_line_is_shared_out_to_its_items(clock):
+    """On a GPU the host waits at a line for the work of all steps since the one before."""
+
+    def wait():
+        clock.now += 6.0
+
+    stream = io.StringIO()
+    for _ in MetricLogger(stream=stream).log_every(range(30), 15, "Test:", before_line=wait):
+        pass
+    lines = stream.getvalue().splitlines()
+    # 1, 15 and 14 items; the mean is that of the last 20
+    assert [line.split("time: ")[1][:6] for line in lines[:3]] == ["6.0000", "0.7500", "0.4200"]
+    assert "eta: 0:00:10" in lines[1]  # 14 of 12 s / 16
+    assert lines[3].endswith("(0.6000 s / it)")
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_statistics_equal_torch(as_tensor):
     values = torch.randn(57, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

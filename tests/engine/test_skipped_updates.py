@@ -10,11 +10,12 @@ from torch.testing import assert_close
 
 from detr_fast import cli
 from detr_fast.config import configure, parse
+from detr_fast.engine import train
 from detr_fast.engine.optim import Learner
 from detr_fast.models import detr_tiny
 from detr_fast.models.checkpoint import read_checkpoint, write_checkpoint
 from tests.engine import test_train
-from tests.engine.test_train import SMALL, STEPS, broken_at, fit
+from tests.engine.test_train import SMALL, STEPS, fit
 
 few_images = test_train.few_images
 
@@ -123,6 +124,23 @@ def test_moments_are_laid_out_as_the_weights():
     assert_close(state_of(again), state_of(start), rtol=0, atol=0)
 
 
+def broken_at(monkeypatch, calls, value=float("nan"), name="loss_giou_0"):
+    """Spoil a loss of the training steps of these numbers; returns the criterion's calls."""
+    forward = train.SetCriterion.forward
+    seen = []
+
+    def broken(self, outputs, targets):
+        losses = forward(self, outputs, targets)
+        if self.training:
+            seen.append(None)
+            if len(seen) - 1 in calls:
+                losses = {**losses, name: losses[name] * value}
+        return losses
+
+    monkeypatch.setattr(train.SetCriterion, "forward", broken)
+    return seen
+
+
 def test_a_training_goes_on_after_a_loss_that_is_not_finite(tmp_path, capsys, monkeypatch):
     seen = broken_at(monkeypatch, {1})
     assert fit(f"--epochs 2 --print_freq 1 --output_dir {tmp_path}") == 0
@@ -142,6 +160,33 @@ def test_a_training_goes_on_after_a_loss_that_is_not_finite(tmp_path, capsys, mo
     steps = {int(entry["step"]) for entry in checkpoint["optimizer"]["state"].values()}
     assert steps == {2 * STEPS - 1}
     assert checkpoint["steps"] == 2 * STEPS
+
+
+def test_losses_that_stay_not_finite_end_the_run(tmp_path, capsys, monkeypatch):
+    """Across epochs: of three steps each."""
+    seen = broken_at(monkeypatch, range(2, 100))
+    assert fit(f"--epochs 9 --max_skipped_steps 4 --output_dir {tmp_path}") == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: loss or gradient not finite in 4 updates in a row")
+    assert "epoch 1, step 2 (loss_giou_0 = nan; images [" in printed.err
+    assert "lower --lr" in printed.err
+    assert len(seen) == 6
+    warnings = [line for line in printed.out.splitlines() if line.startswith("warning: ")]
+    assert [line[:52] for line in warnings] == [
+        f"warning: epoch {e}, step {s}: update skipped, not finite"
+        for e, s in [(0, 2), (1, 0), (1, 1)]
+    ]
+    checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")  # of the end of epoch 0
+    assert {int(entry["step"]) for entry in checkpoint["optimizer"]["state"].values()} == {2}
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+
+
+def test_the_first_skipped_step_can_be_the_last(tmp_path, capsys, monkeypatch):
+    broken_at(monkeypatch, {0}, float("inf"), "loss_ce")
+    assert fit(f"--max_skipped_steps 1 --output_dir {tmp_path}") == 1
+    assert "in 1 updates in a row, the last in epoch 0, step 0 (loss_ce = inf" in (
+        capsys.readouterr().err
+    )
 
 
 def test_skipped_updates_of_an_interrupted_epoch_are_counted(tmp_path, capsys, monkeypatch):
