@@ -17,8 +17,8 @@ struct LossLayer {
   LayerInput logits;  // (images, queries, columns)
   LayerInput boxes;   // (images, queries, 4), centre and size
   int queries, columns;
-  // Rows of logits, and of their gradient, are groups of four numbers that one access may take (two
-  // of double): all begin on a multiple of the size of a group, or of 16 bytes if it is larger.
+  // Rows of logits, and of a contiguous gradient, are whole groups of four numbers that one access
+  // may take: of 16 bytes or, if smaller, of their own size.
   bool by_four;
 };
 
