@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of six decoder layers and 16 images, forward and backward to logits and boxes.
+"""Losses of 16 images and, unless a name says otherwise, six decoder layers, forward and backward.
 
 ``step``: matching, losses and weighted sum, all that a training step computes between the model and
 its backward: :class:`SetCriterion`, and the two ops alone, against the original DETR's expressions
@@ -41,38 +41,40 @@ KINDS = {
     "varifocal": ClassLoss("varifocal", 0.75),
 }
 # what a CPU has to reach, as ratios to the peers
-STEP_FLOORS: dict[int, dict[str, float]] = {100: {}, 300: {}, 900: {}}
-LOSS_FLOORS: dict[str, float] = {}
+STEP_FLOORS = {100: {"DETR": 5.0}, 300: {"DETR": 14.0}, 900: {"DETR": 70.0}}
+LOSS_FLOORS = {"reference": 1.2}
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
     """All cases; with `quick` the smallest of each kind."""
     result = []
     for queries, targets in SIZES[:1] if quick else SIZES:
-        build = functools.partial(step, device, queries, targets)
-        name = f"step {queries}x{targets}"
-        floors = on_cpu(device, STEP_FLOORS[queries])
-        result.append(Case(name, build, agree, size(queries), floors=floors, count_ops=True))
+        layers = LAYERS if queries < 900 else 1  # the original takes a second for each
+        build = functools.partial(step, device, layers, queries, targets)
+        name = f"step {queries}x{targets}" + (", 1 layer" if layers == 1 else "")
+        floors, moved = on_cpu(device, STEP_FLOORS[queries]), size(layers, queries)
+        result.append(Case(name, build, agree, moved, floors=floors, count_ops=True))
     shapes = [(size, "cross_entropy") for size in SIZES]
     shapes += [(SIZES[1], kind) for kind in KINDS if kind != "cross_entropy"]
     for (queries, targets), kind in shapes[:1] if quick else shapes:
         build = functools.partial(losses, device, queries, targets, kind)
         name = f"set_loss {queries}x{targets}, {kind}"
-        floors = on_cpu(device, LOSS_FLOORS)
-        result.append(Case(name, build, agree, size(queries), floors=floors, count_ops=True))
+        floors, moved = on_cpu(device, LOSS_FLOORS), size(LAYERS, queries)
+        result.append(Case(name, build, agree, moved, floors=floors, count_ops=True))
     return result
 
 
-def size(queries: int) -> int:
+def size(layers: int, queries: int) -> int:
     """Bytes of logits and boxes, and of their gradients."""
-    return 2 * 4 * LAYERS * IMAGES * queries * (CLASSES + 1 + 4)
+    return 2 * 4 * layers * IMAGES * queries * (CLASSES + 1 + 4)
 
 
 def agree(actual: Any, expected: Any) -> None:
     """Losses one by one, gradients as tensors."""
     (losses, gradients), (of_losses, of_gradients) = actual, expected
-    assert_close(losses, {name: of_losses[name] for name in losses}, rtol=1e-5, atol=1e-5)
-    within_norm(1e-5)(gradients, of_gradients)
+    # compiled sums of cross-entropy are off by 3e-5
+    assert_close(losses, {name: of_losses[name] for name in losses}, rtol=1e-4, atol=1e-5)
+    within_norm(1e-4)(gradients, of_gradients)
 
 
 def test_criterion(case, bench):
@@ -85,16 +87,16 @@ def leaves_of(batch: Batch) -> tuple[list[Tensor], list[Tensor]]:
     return logits, boxes
 
 
-def step(device: torch.device, queries: int, targets: int) -> Setup:
+def step(device: torch.device, layers: int, queries: int, targets: int) -> Setup:
     """All losses, and the gradients of their weighted sum."""
-    batch = random_batch(device, LAYERS, IMAGES, queries, targets, "fresh")
+    batch = random_batch(device, layers, IMAGES, queries, targets, "fresh")
     logits, boxes = leaves_of(batch)
     listed = batch.targets.to_list()
-    weights = loss_weights(LAYERS)
+    weights = loss_weights(layers)
     criterion = SetCriterion(CLASSES, HungarianMatcher(*WEIGHTS), weights, NO_OBJECT, LOSSES)
     criterion.to(device)
-    layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
-    outputs = layers[-1] | {"aux_outputs": layers[:-1]}
+    of_layers = [{"pred_logits": x, "pred_boxes": b} for x, b in zip(logits, boxes, strict=True)]
+    outputs = of_layers[-1] | {"aux_outputs": of_layers[:-1]}
 
     def gradients(total: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad(total, [*logits, *boxes]))
@@ -115,7 +117,7 @@ def step(device: torch.device, queries: int, targets: int) -> Setup:
         return names, gradients((table * factors).sum())
 
     def original() -> Any:
-        found = original_losses(layers, listed, criterion.empty_weight)
+        found = original_losses(of_layers, listed, criterion.empty_weight)
         return found, gradients(original_total(found, weights))
 
     def expected() -> Any:
@@ -150,7 +152,7 @@ def transformers_loss(
         num_labels=CLASSES,
         eos_coefficient=NO_OBJECT,
         auxiliary_loss=True,
-        decoder_layers=LAYERS,
+        decoder_layers=len(logits),
         bbox_loss_coefficient=WEIGHTS.cost_bbox,
         giou_loss_coefficient=WEIGHTS.cost_giou,
     )
@@ -185,12 +187,15 @@ def losses(device: torch.device, queries: int, targets: int, kind: str) -> Setup
         gradients = torch.autograd.grad((table * factors).sum(), [*logits, *boxes])
         return {"table": table.detach()}, list(gradients)
 
-    twin = compiled(reference.set_loss)
+    twin: Contender | Missing = Missing("left out: takes a minute to compile")
+    if (queries, kind) == (SIZES[0][0], "cross_entropy"):
+        run = functools.partial(contender, compiled(reference.set_loss))
+        twin = Contender(run, slow_start=True)
     return Setup(
         functools.partial(contender, reference.set_loss),
         {
             "detr_fast": Contender(functools.partial(contender, ops.set_loss)),
             "reference": Contender(functools.partial(contender, reference.set_loss)),
-            "torch.compile": Contender(functools.partial(contender, twin), slow_start=True),
+            "torch.compile": twin,
         },
     )
