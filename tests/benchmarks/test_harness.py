@@ -12,6 +12,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Case, Contender, Missing, Setup, compare, optional, within
 from benchmarks.limits import Limits
+from benchmarks.report import records_table
 from benchmarks.timing import Time
 
 CPU = torch.device("cpu")
@@ -170,3 +171,16 @@ def test_command_line_writes_records(tmp_path, monkeypatch, capsys):
     assert len(records) == 8
     assert all("sdpa" in record["equal"] for record in records)
     assert records[0]["case"] in capsys.readouterr().out
+
+
+def test_calls_of_torch_are_counted_where_a_case_asks():
+    one = torch.ones(3, requires_grad=True)
+    runs = {
+        "one op": Contender(lambda: one.detach() + 1),
+        "backward": Contender(lambda: torch.autograd.grad((one + 1).sum(), one)[0] + 1),
+    }
+    case = Case("sum", lambda: None, within(rtol=1), count_ops=True)
+    record = compare(case, Setup(lambda: torch.full((3,), 2.0), runs), CPU, quick=True)
+    assert record["ops"] == 2
+    assert record["peers"]["backward"]["ops"] > 3
+    assert "one op, 2 ops" in records_table([record])
