@@ -63,9 +63,9 @@ DETR_FAST_HOST_DEVICE float exponential(float x) {
 // log(x * 2^shift) of a normal number within 0.87 ulp; any number for others.
 DETR_FAST_HOST_DEVICE float logarithm_of_normal(float x, int32_t shift) {
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)]
-  const int32_t offset = bits_of(x) - bits_of(0.707106769f);
-  const int32_t exponent = offset >> 23;
-  const float f = float_of(bits_of(x) - exponent * (1 << 23)) - 1.0f;
+  const uint32_t bits = uint32_t(bits_of(x));
+  const int32_t exponent = int32_t(bits - uint32_t(bits_of(0.707106769f))) >> 23;
+  const float f = float_of(int32_t(bits - (uint32_t(exponent) << 23))) - 1.0f;
   const float n = float(exponent + shift);
   float p = 6.74660131e-2f;  // (log(1 + f) - f + f^2 / 2) / f^3
   p = p * f - 0.116756409f;

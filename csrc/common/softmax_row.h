@@ -14,18 +14,14 @@ constexpr int kLanes = 16;
 
 constexpr int padded(int count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// A part of a row is indexed by k alone: Python's flags have -fwrapv, by which GCC takes row[c + k]
-// for any element, and gathers.
-
 // The largest number of a row; a NaN may be passed over.
 template <typename scalar_t>
 DETR_FAST_HOST_DEVICE scalar_t largest_of_row(const scalar_t* row, int filled) {
   scalar_t lanes[kLanes];
   for (int k = 0; k < kLanes; ++k) lanes[k] = -scalar_t(kInfinity);
   for (int c = 0; c < filled; c += kLanes) {
-    const scalar_t* const part = row + c;
 #pragma omp simd
-    for (int k = 0; k < kLanes; ++k) lanes[k] = larger(part[k], lanes[k]);
+    for (int k = 0; k < kLanes; ++k) lanes[k] = larger(row[c + k], lanes[k]);
   }
   scalar_t most = lanes[0];
   for (int k = 1; k < kLanes; ++k) most = larger(lanes[k], most);
@@ -38,11 +34,10 @@ DETR_FAST_HOST_DEVICE scalar_t exponentials_of_row(scalar_t* row, int filled, sc
   scalar_t lanes[kLanes];
   for (int k = 0; k < kLanes; ++k) lanes[k] = 0;
   for (int c = 0; c < filled; c += kLanes) {
-    scalar_t* const part = row + c;
 #pragma omp simd
     for (int k = 0; k < kLanes; ++k) {
-      part[k] = exponential(part[k] - most);
-      lanes[k] += part[k];
+      row[c + k] = exponential(row[c + k] - most);
+      lanes[k] += row[c + k];
     }
   }
   for (int half = kLanes / 2; half > 0; half /= 2) {

@@ -27,9 +27,9 @@ namespace detr_fast {
 //   below 0 is read as 0, one above T as T. num_boxes is by default the sum of the counts, 1 at
 //   least. softmax holds the largest logit of each query and the logarithm of the sum of the
 //   exponentials less it: one number would lose what matters where logits are large.
-//   The losses of a layer and their divisors are NaN if its match failed (a status, and targets and
-//   queries, but no match in that image), if a target is at count[b] or beyond, or its label is no
-//   class: a column, other than the last one for cross-entropy.
+//   The losses of a layer and their divisors are NaN if a status has kNoResult, a target is at
+//   count[b] or beyond, or its label is no class: a column, other than the last one for
+//   cross-entropy.
 // set_loss_backward(grad (L, kLossColumns), the inputs, softmax, divisor, ..., needs_logits,
 //                   needs_boxes)
 //     -> gradients of each layer's logits and boxes in their types, contiguous; no tensor at all

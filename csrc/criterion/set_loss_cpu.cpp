@@ -275,8 +275,7 @@ void forward(const SetLossProblems& problems, const SetLossInputs& inputs,
         for (int64_t g = 0; g < status.size(2); ++g) bits |= of_image[g * status.stride(2)];
       }
       const QuerySums& of_image = sums[size_t(layer) * problems.images + image];
-      total =
-          sum_of(total, image_sums(of_image, call.counts[image], call.layers[layer].queries, bits));
+      total = sum_of(total, image_sums(of_image, call.counts[image], bits));
     }
     write_layer(total, problems.cross_entropy(), problems.images, num_boxes,
                 outputs.losses.mutable_data_ptr<scalar_t>() + layer * kLossColumns,

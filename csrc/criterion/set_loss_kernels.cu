@@ -313,8 +313,7 @@ __global__ void __launch_bounds__(kFinishThreads)
       bits |= __shfl_xor_sync(kWholeWarp, bits, distance);
     }
     if (real) {
-      const int queries = arguments.layers[layer].queries;
-      total = sum_of(total, image_sums(sums, targets_of(arguments, image), queries, bits));
+      total = sum_of(total, image_sums(sums, targets_of(arguments, image), bits));
     }
   }
   if (lane == 0) totals[group] = total;

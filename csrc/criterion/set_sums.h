@@ -6,6 +6,7 @@
 
 #include "boxes/box_math.h"
 #include "common/host_device.h"
+#include "common/match_status.h"
 #include "criterion/class_loss.h"
 
 namespace detr_fast {
@@ -41,7 +42,7 @@ struct LayerSums {
   QuerySums queries;
   int64_t cardinality;
   int64_t targets;
-  int64_t failed;  // images without a match that should have one
+  int64_t failed;  // images that matching has no result for
 };
 
 DETR_FAST_HOST_DEVICE LayerSums sum_of(const LayerSums& a, const LayerSums& b) {
@@ -49,12 +50,10 @@ DETR_FAST_HOST_DEVICE LayerSums sum_of(const LayerSums& a, const LayerSums& b) {
           a.failed + b.failed};
 }
 
-// One image; `bits` are those of its status.
-DETR_FAST_HOST_DEVICE LayerSums image_sums(const QuerySums& sums, int count, int queries,
-                                           int bits) {
+// One image; `status` has the bits of all its groups.
+DETR_FAST_HOST_DEVICE LayerSums image_sums(const QuerySums& sums, int count, int status) {
   const int error = sums.predicted - count;
-  const bool failed = bits != 0 && count > 0 && queries > 0 && sums.matched == 0;
-  return {sums, error < 0 ? -error : error, count, failed ? 1 : 0};
+  return {sums, error < 0 ? -error : error, count, status & kNoResult ? 1 : 0};
 }
 
 // Writes the losses and divisors of a layer. Cross-entropy is divided by the sum of the weights.

@@ -144,13 +144,16 @@ struct HungarianMatch {
     const Rows<scalar_t> rows = {scratch.take<scalar_t>(size_t(count) * stride), stride};
     status[problem] = costs(layer, image, group, scratch, rows);
     if (status[problem] != 0) {
-      if (problems.non_finite.policy == NonFinitePolicy::kError) return;
+      if (problems.non_finite.policy == NonFinitePolicy::kError) {
+        status[problem] |= kNoResult;
+        return;
+      }
       replace_non_finite(OneLane(), CostRows<scalar_t>{rows.data, stride, count}, count, size,
                          problems.non_finite);
     }
     const AssignmentState state = place(scratch.take<char>(bytes), shape.rows, shape.columns);
     if (!solve_by(solver_rows(shape, rows, count, scratch), state)) {
-      status[problem] |= kInfeasible;
+      status[problem] |= kInfeasible | kNoResult;
       return;
     }
     const int* const query_of_slot =

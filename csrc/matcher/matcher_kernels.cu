@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kMostThreads<scalar_t>, 1)
   const bool failed = (status & kInfeasible) ||
                       (status != 0 && arguments.non_finite.policy == NonFinitePolicy::kError);
   write_result(arguments, problem, state, !empty && !failed);
-  if (threadIdx.x == 0) arguments.status[problem.index] = status;
+  if (threadIdx.x == 0) arguments.status[problem.index] = failed ? status | kNoResult : status;
 }
 
 // Threads for a group of queries: those of a turn through all queries, no more turns than needed.

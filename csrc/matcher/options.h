@@ -3,6 +3,8 @@
 // those of detr_fast/ops/matcher.py and detr_fast/reference/match.py.
 #pragma once
 
+#include "common/match_status.h"
+
 namespace detr_fast {
 
 enum class Algorithm { kAuto, kShortestPath, kAuction };
@@ -16,17 +18,6 @@ enum class NonFinitePolicy { kError, kWorst, kReplace };
 struct NonFinite {
   NonFinitePolicy policy;
   double nan, positive, negative;  // of kReplace
-};
-
-// Bits of a status; 0 = fine.
-enum MatchStatus : int {
-  kCostClass = 1,
-  kCostBbox = 2,
-  kCostGiou = 4,
-  kExtraCost = 8,  // or the given cost of linear_sum_assignment: NaN or -inf
-  kSum = 16,       // the terms are finite, their weighted sum is not
-  kLabel = 32,     // outside of the columns of the logits
-  kInfeasible = 64
 };
 
 }  // namespace detr_fast

@@ -28,12 +28,19 @@ LOSS_COLUMNS = ("class_loss", "l1", "giou_loss", "cardinality_error", "class_err
 _DIVISORS = 2
 
 
-def _check_class_loss(*_: Any, class_loss: ClassLoss = CROSS_ENTROPY, **__: Any) -> None:
+def _check_class_loss(
+    *_: Any,
+    class_loss: ClassLoss = CROSS_ENTROPY,
+    class_weight: Tensor | None = None,
+    **__: Any,
+) -> None:
     if isinstance(class_loss, str):
         raise ValueError(f"class_loss: expected ClassLoss({class_loss!r}), got {class_loss!r}")
     if class_loss.kind not in _CLASS_LOSSES:
         known = ", ".join(map(repr, _CLASS_LOSSES))
         raise ValueError(f"class_loss: expected one of {known}, got {class_loss.kind!r}")
+    if class_weight is not None and class_loss.kind != "cross_entropy":
+        raise ValueError("class_weight: only cross-entropy has weights of classes")
 
 
 @with_reference(reference.set_loss, check=_check_class_loss)
@@ -72,11 +79,11 @@ def set_loss(
         (mean over images of how far the number of queries whose largest logit is not the last one
         is from the number of targets) and the class error (100 less the accuracy on the matched
         queries, in percent; 100 where there are none).  float32, float64 for float64.  The losses
-        of a layer are NaN, as are their gradients, if its match has failed (see
-        :attr:`Match.status`) or holds a target or a label that there is not.
+        of a layer are NaN, as are the gradients of its logits, if the status of its match has
+        ``NO_RESULT`` or a query has a target or a label that there is not.
 
     Raises:
-        ValueError: if the class loss is unknown.
+        ValueError: if the class loss is unknown or has no weights of classes.
         RuntimeError: if a shape, dtype or device does not fit.
     """
     layers = unbind_layers(logits) if isinstance(logits, Tensor) else list(logits)

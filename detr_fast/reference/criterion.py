@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detr_fast.reference.boxes import matched_box_losses, matched_iou
-from detr_fast.reference.match import Match, PackedTargets
+from detr_fast.reference.match import Match, MatchStatus, PackedTargets
 
 
 class ClassLoss(NamedTuple):
@@ -58,7 +58,8 @@ def set_loss(
     for layer, (of_logits, of_boxes) in enumerate(zip(logits, boxes, strict=True)):
         dtype = torch.promote_types(of_logits.dtype, torch.float32)
         found = target_of_query[layer, :, : of_logits.shape[1]]
-        bits = torch.zeros_like(count) if status is None else status[layer].amax(-1)
+        bits = torch.zeros_like(count) if status is None else status[layer]
+        failed = (bits & int(MatchStatus.NO_RESULT)).any()
         layers.append(
             _layer_losses(
                 of_logits.to(dtype),
@@ -66,7 +67,7 @@ def set_loss(
                 targets,
                 count,
                 found,
-                bits,
+                failed,
                 class_loss,
                 class_weight,
                 num_boxes,
@@ -81,7 +82,7 @@ def _layer_losses(
     targets: PackedTargets,
     count: Tensor,
     found: Tensor,
-    status: Tensor,
+    failed: Tensor,
     class_loss: ClassLoss,
     class_weight: Tensor | None,
     num_boxes: float | Tensor,
@@ -94,8 +95,7 @@ def _layer_losses(
     in_image = (found >= 0) & (found < count[:, None])
     matched = in_image & (labels >= 0) & (labels < classes)
     wrong = (found >= 0) & ~matched
-    failed = (status != 0) & (count > 0) & ~matched.any(-1) & (found.shape[1] > 0)
-    fine = torch.where(wrong.any() | failed.any(), torch.nan, 1.0).to(logits)
+    fine = torch.where(wrong.any() | failed, torch.nan, 1.0).to(logits)
 
     at = found.clamp(0, targets.labels.shape[1])[..., None].expand(-1, -1, 4)
     tgt = F.pad(targets.boxes, (0, 0, 0, 1)).to(logits).gather(1, at)

@@ -66,8 +66,8 @@ SOFTMAX = ClassCost()
 class MatchStatus(IntFlag):
     """What was found in the cost of a problem: the terms that are not finite, and so on.
 
-    Under ``non_finite="error"`` and ``"status"`` such a problem has no result; else the values were
-    replaced.
+    Such a problem has no result under ``non_finite="error"`` and ``"status"``, nor if it is
+    infeasible, and has the bit ``NO_RESULT``, too; else the values were replaced.
     """
 
     COST_CLASS = 1
@@ -77,6 +77,7 @@ class MatchStatus(IntFlag):
     SUM = 16  # the terms are finite, their weighted sum is not
     LABEL = 32  # outside of the columns of the logits
     INFEASIBLE = 64
+    NO_RESULT = 128
 
 
 class MatchSizes(NamedTuple):
@@ -178,7 +179,8 @@ def explain(status: MatchStatus) -> str:
         )
     if MatchStatus.INFEASIBLE in status:
         return "no assignment has a finite cost: infinite costs forbid too many pairs"
-    terms = ", ".join(str(bit.name).lower() for bit in MatchStatus if bit in status)
+    found = status & ~MatchStatus.NO_RESULT
+    terms = ", ".join(str(bit.name).lower() for bit in MatchStatus if bit in found)
     return (
         f"matching cost not finite in the term {terms}: the training has diverged, or predictions "
         "or targets hold NaN or infinity"

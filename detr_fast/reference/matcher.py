@@ -203,12 +203,14 @@ def hungarian_match(
                 found = MatchStatus.SUM
             status[layer, image, group] = found
             if found and non_finite in ("error", "status"):
+                status[layer, image, group] = found | MatchStatus.NO_RESULT
                 continue
             problem = replace_non_finite(problem, non_finite)
+            infeasible = MatchStatus.INFEASIBLE | MatchStatus.NO_RESULT
             try:
                 query, slot = _solve(problem.repeat(1, repeat))
             except ValueError:  # what replaces a cost may be infinite
-                status[layer, image, group] = found | MatchStatus.INFEASIBLE
+                status[layer, image, group] = found | infeasible
                 continue
             repetition, target = slot // max(1, n), slot % max(1, n)
             query_of_target[layer, image, group, repetition * width + target] = part.start + query

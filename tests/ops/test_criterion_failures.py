@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from detr_fast import ops
 from detr_fast.ops.matcher import Match
-from detr_fast.reference.match import MatchSizes
+from detr_fast.reference.match import MatchSizes, MatchStatus
 from tests.ops.loss_cases import (
     CROSS_ENTROPY,
     KINDS,
@@ -28,7 +28,7 @@ def poison(case, where):
     columns = case.logits.shape[-1]
     if where == "failed":
         match[1, 1] = -1
-        status[1, 1, 0] = 4
+        status[1, 1, 0] = MatchStatus.COST_GIOU | MatchStatus.NO_RESULT
     elif where == "target beyond":
         match[1, 0, 2] = 3  # the padding has room for it
     elif where == "target far beyond":
@@ -71,15 +71,22 @@ def test_a_layer_that_is_wrong_is_nan_and_no_other(device, class_loss, where):
 
 
 def test_a_match_of_nan_boxes_has_failed(device):
-    """As it comes from a GPU, where nobody reads the status."""
     logits, boxes, targets = random_case([3, 0, 4], 9, device=device)
     boxes[1, 2, 5, 2] = torch.nan
-    found = torch.ops.detr_fast.hungarian_match(
-        *(logits.unbind(), boxes.unbind(), targets.labels, targets.boxes, targets.count),
-        *([], DETR, 0, [0.25, 2.0, 1e-8], 1, 1, False, 0, []),
-    )
-    match = Match(*found, targets.count, MatchSizes(None, (9, 9), 1, 1))
+    match = ops.hungarian_match(logits, boxes, targets, DETR, non_finite="status")
     assert match.status.nonzero().tolist() == [[1, 2, 0]]
+    ours = assert_equals_reference(LossCase(logits, boxes, targets, match, {}))
+    assert ours.losses[1, :3].isnan().all()
+    assert ours.losses[0].isfinite().all()
+
+
+def test_one_group_without_a_result_is_a_failure(device):
+    """Or its queries would be trained as no-object, beside a group that is matched."""
+    logits, boxes, targets = random_case([3, 2], 8, device=device)
+    boxes[1, 0, 6, 1] = torch.nan  # of the second group
+    match = ops.hungarian_match(logits, boxes, targets, DETR, groups=2, non_finite="status")
+    failed = (match.status & int(MatchStatus.NO_RESULT)).nonzero()
+    assert failed.tolist() == [[1, 0, 1]]
     ours = assert_equals_reference(LossCase(logits, boxes, targets, match, {}))
     assert ours.losses[1, :3].isnan().all()
     assert ours.losses[0].isfinite().all()
@@ -91,7 +98,7 @@ def test_a_status_that_had_a_remedy_is_no_failure(device):
     logits[0, 0, 3, 2] = torch.inf
     match = ops.hungarian_match(logits, boxes, targets, DETR, non_finite="worst")
     assert match.status[0, 0, 0] != 0
-    match.status[1, 1, 0] = 1
+    match.status[1, 1, 0] = MatchStatus.COST_CLASS
     logits[0, 0, 3, 2] = 5
     ours = assert_equals_reference(LossCase(logits, boxes, targets, match, {}))
     assert ours.losses.isfinite().all()

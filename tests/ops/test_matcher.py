@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from detr_fast import ops, reference
 from detr_fast.data import Targets
-from detr_fast.ops.matcher import ClassCost, CostWeights
+from detr_fast.ops.matcher import ClassCost, CostWeights, MatchStatus
 from detr_fast.reference.matcher import matching_cost, matching_cost_terms
 from tests.cudasim import simulated
 from tests.ops.match_cases import CLASS_COSTS, DETR, assert_same_match, random_boxes, random_case
@@ -250,10 +250,13 @@ def test_error_policy_names_the_problem_and_leaves_it_free(device):
     others = ops.hungarian_match(logits, boxes, targets, DETR, groups=2, non_finite="worst")
     with pytest.raises(ValueError, match=what):
         others.raise_for_status()
-    query_of_target, target_of_query, cost, status = torch.ops.detr_fast.hungarian_match(
-        *(logits.unbind(), boxes.unbind(), targets.labels, targets.boxes, targets.count),
-        *([], DETR, 0, [0.25, 2.0, 1e-8], 2, 1, False, 0, []),
-    )
+    match = ops.hungarian_match(logits, boxes, targets, DETR, groups=2, non_finite="status")
+    query_of_target, target_of_query, cost, status = match[:4]
+    no_result = MatchStatus.NO_RESULT | MatchStatus.COST_BBOX | MatchStatus.COST_GIOU
+    assert status[1, 0, 1] == no_result
+    with ops.use_reference():
+        twin = ops.hungarian_match(logits, boxes, targets, DETR, groups=2, non_finite="status")
+    assert_close(status, twin.status, rtol=0, atol=0)
     assert status.nonzero().tolist() == [[1, 0, 1]]
     assert query_of_target[1, 0, 8:].eq(-1).all()
     assert target_of_query[1, 0, 10:].eq(-1).all()

@@ -194,7 +194,10 @@ BAD = {
     "repeat": ({"repeat": 0}, "repeat: expected at least 1, got 0"),
     "class": ({"class_cost": ClassCost("dice")}, "class_cost: expected one of 'softmax', .*'dice'"),
     "ties": ({"ties": "none"}, "ties: expected one of 'any', 'scipy', got 'none'"),
-    "policy": ({"non_finite": "ignore"}, "non_finite: expected one of 'error', 'worst', got"),
+    "policy": (
+        {"non_finite": "ignore"},
+        "non_finite: expected one of 'error', 'worst', 'status', got",
+    ),
     "replacement": ({"non_finite": (0.0, 1.0)}, "got 2 numbers"),
 }
 
