@@ -114,7 +114,7 @@ class SetCriterion(nn.Module):
         self.check_labels(packed)
         packed = packed.to(device, non_blocking=True)
         fused = [loss for loss in self.losses if self._is_fused(loss)]
-        hooks = len(fused) < len(self.losses)
+        hooks = [loss for loss in self.losses if loss not in fused]
         if isinstance(targets, Targets):  # the list only for those who ask for it: it takes time
             by_image = hooks or not _speaks_for_all_layers(self.matcher)
             targets = packed.to_list() if by_image else []
@@ -123,23 +123,19 @@ class SetCriterion(nn.Module):
             num_boxes = _boxes_per_process(packed) if hooks or _has_processes() else None
             rows: Sequence[Sequence[Tensor]] = [()] * len(layers)
             if fused:
-                rows = scalars_of(
-                    self._losses([*layers.values()], packed, match, num_boxes), _DIFFERENTIABLE
-                )
+                table = self._losses([*layers.values()], packed, match, num_boxes)
+                rows = scalars_of(table, _DIFFERENTIABLE)
             indices: Sequence[Indices] = pairs() if hooks else [()] * len(layers)
+            known = dict(zip(layers, zip(layers.values(), rows, indices, strict=True), strict=True))
             losses: dict[str, Tensor] = {}
-            named = dict(zip(layers, zip(rows, indices, strict=True), strict=True))
             for suffix in sorted(layers, key=bool):  # the last layer first
-                row, of_layer = named[suffix]
+                layer, row, of_layer = known[suffix]
                 for loss in self.losses:
-                    log = not suffix
                     if loss in fused:
-                        values = self._named(loss, row, log)
+                        values = self._named(loss, row, log=not suffix)
                     else:
-                        options = {} if log or loss != "labels" else {"log": False}
-                        values = self.get_loss(
-                            loss, layers[suffix], targets, of_layer, num_boxes, **options
-                        )
+                        quiet = {"log": False} if suffix and loss == "labels" else {}
+                        values = self.get_loss(loss, layer, targets, of_layer, num_boxes, **quiet)
                     losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
