@@ -112,7 +112,7 @@ class SetCriterion(nn.Module):
         packed = targets if isinstance(targets, Targets) else Targets.from_list(targets)
         self._check_columns(layers)
         self.check_labels(packed)
-        packed = packed.to(device, non_blocking=True)
+        packed = packed.to(device, non_blocking=device.type != "cpu")
         fused = [loss for loss in self.losses if self._is_fused(loss)]
         hooks = [loss for loss in self.losses if loss not in fused]
         if isinstance(targets, Targets):  # the list only for those who ask for it: it takes time
@@ -131,11 +131,14 @@ class SetCriterion(nn.Module):
             for suffix in sorted(layers, key=bool):  # the last layer first
                 layer, row, of_layer = known[suffix]
                 for loss in self.losses:
+                    if loss == "masks" and suffix:  # of the last layer alone, as in the original
+                        continue
                     if loss in fused:
                         values = self._named(loss, row, log=not suffix)
                     else:
                         quiet = {"log": False} if suffix and loss == "labels" else {}
-                        values = self.get_loss(loss, layer, targets, of_layer, num_boxes, **quiet)
+                        seen = layer if suffix else outputs
+                        values = self.get_loss(loss, seen, targets, of_layer, num_boxes, **quiet)
                     losses |= {name + suffix: value for name, value in values.items()}
         return losses
 
@@ -272,8 +275,12 @@ class SetCriterion(nn.Module):
         match: Match | Tensor,
         num_boxes: float | Tensor | None,
     ) -> Tensor:
-        """Results (L, 5) of the op."""
+        """Results (L, 5) of the op; what no loss asks for has no gradient, not even one of 0."""
         logits, boxes = layer_tensors(layers, len(targets))
+        if "labels" not in self.losses:
+            logits = [x.detach() for x in logits]
+        if "boxes" not in self.losses:
+            boxes = [x.detach() for x in boxes]
         return set_loss(
             logits,
             boxes,
@@ -294,7 +301,8 @@ class SetCriterion(nn.Module):
             "pred_logits": some.new_zeros(*shape, self.num_classes + self._has_no_object),
             "pred_boxes": some.new_zeros(*shape, 4),
         }
-        packed = Targets.from_list(targets).to(some.device, non_blocking=True)
+        packed = Targets.from_list(targets)
+        packed = packed.to(some.device, non_blocking=some.device.type != "cpu")
         found = _target_of_query(indices, shape[1], some.device)[None]
         table = self._losses([{**nothing, **outputs}], packed, found, num_boxes)
         [row] = scalars_of(table, _DIFFERENTIABLE)
@@ -322,11 +330,27 @@ def _speaks_for_all_layers(matcher: nn.Module) -> bool:
 
 
 def _target_of_query(pairs: Indices, queries: int, device: torch.device) -> Tensor:
-    """The target of each query (B, queries), -1 where it is free, from the pairs of each image."""
+    """The target of each query (B, queries), -1 where it is free, from the pairs of each image.
+
+    Where a query has several targets, which the op cannot know of, all are targets that there are
+    not: so the losses are NaN.
+
+    Raises:
+        ValueError: if a query has several targets and the pairs are on the CPU.
+    """
     found = torch.full((len(pairs), queries), -1, device=device)
+    if not pairs:
+        return found
+    for number, (src, _) in enumerate(pairs):
+        if src.is_cpu and len(src) > len(src.unique()):
+            raise ValueError(
+                f"image {number}: the matcher gives one query several targets, but the criterion "
+                "takes one for each: match them one to one"
+            )
     image, query = _flat_index([src.to(device, non_blocking=True) for src, _ in pairs])
     target = torch.cat([tgt for _, tgt in pairs]).to(found, non_blocking=True)
-    return found.index_put((image, query), target)
+    found = found.index_put((image, query), target)
+    return found.where((found >= 0).sum() == len(query), torch.iinfo(torch.int64).max)
 
 
 def _flat_index(indices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

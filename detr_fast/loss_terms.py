@@ -6,12 +6,10 @@ would slice, stack and pad their gradients one by one: 200 ops in place of 12.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def loss_weights(
@@ -44,7 +42,7 @@ def scalars_of(table: Tensor, losses: int) -> list[Sequence[Tensor]]:
         losses (int): how many of the K columns have a gradient, the first ones.
     """
     columns = table.shape[1]
-    scalars, logged = _Scalars.apply(table), table.detach().flatten().unbind()
+    scalars, logged = _Scalars.apply(table), _elements(table.detach())
     return [
         (*scalars[i : i + losses], *logged[i + losses : i + columns])
         for i in range(0, len(scalars), columns)
@@ -65,36 +63,44 @@ def weighted_losses(
     Returns:
         tuple[Tensor, dict[str, Tensor]]: sum of the weighted terms; each of these under its own
         name, and every term unweighted as ``<name>_unscaled``.
+
+    Raises:
+        ValueError: if no loss has a weight.
     """
     weighted = [name for name in losses if name in weights]
-    order = [*weighted, *(name for name in losses if name not in weights)]
-    values = [losses[name] for name in order]
-    # within torch.compile a constant is a constant; the cache would be ignored, with a warning
-    constants = _constants.__wrapped__ if torch.compiler.is_compiling() else _constants
-    factors = constants(tuple(weights[n] for n in weighted), values[0].dtype, values[0].device)
-    total, scaled, unscaled = _WeightedSum.apply(factors, *values)
+    if not weighted:
+        raise ValueError(
+            f"none of the losses {sorted(losses)} has a weight; weights are those of "
+            f"{sorted(weights)}"
+        )
+    factors = tuple(float(weights[name]) for name in weighted)
+    total, scaled = _WeightedSum.apply(factors, *(losses[name] for name in weighted))
+    with torch.no_grad():
+        unscaled = torch.stack([*losses.values()])
     terms = dict(zip(weighted, scaled.unbind(), strict=True))
-    raw = dict(zip(order, unscaled.unbind(), strict=True))
-    return total, terms | {f"{name}_unscaled": raw[name] for name in losses}
+    return total, terms | {
+        f"{name}_unscaled": value for name, value in zip(losses, unscaled.unbind(), strict=True)
+    }
 
 
-@lru_cache(maxsize=16)
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device: copied there once, for a copy from pageable memory waits for a GPU."""
-    return torch.tensor(values, dtype=dtype, device=device)
+def _elements(table: Tensor) -> tuple[Tensor, ...]:
+    """The elements, which a caller may change in place as DETR's losses: they are no views."""
+    if torch.compiler.is_compiling():
+        return table.flatten().unbind()
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return table.flatten().unbind()
 
 
 class _Scalars(torch.autograd.Function):
-    """``table.flatten().unbind()``, whose gradients are stacked without a zero for each gap."""
+    """The elements of a table, whose gradients are stacked without a zero for each gap."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor) -> tuple[Tensor, ...]:
         ctx.shape = table.shape
         ctx.set_materialize_grads(False)
-        return table.flatten().unbind()
+        return _elements(table)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
         some = next((grad for grad in grads if grad is not None), None)
         if some is None:
@@ -105,21 +111,18 @@ class _Scalars(torch.autograd.Function):
 
 
 class _WeightedSum(torch.autograd.Function):
-    """Sum of the first scalars by their factors; also the products, and all scalars stacked."""
+    """Sum of scalars by their factors, and the products; no factor has to travel to a device."""
 
     @staticmethod
-    def forward(ctx: Any, factors: Tensor, *values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(factors)
-        ctx.unweighted = len(values) - len(factors)
-        unscaled = torch.stack(values)
-        scaled = unscaled[: len(factors)] * factors
-        ctx.mark_non_differentiable(scaled, unscaled)
+    def forward(ctx: Any, factors: tuple[float, ...], *values: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.factors = factors
         ctx.set_materialize_grads(False)
-        return scaled.sum(), scaled, unscaled
+        scaled = torch.stack(torch._foreach_mul(values, factors))
+        ctx.mark_non_differentiable(scaled)
+        return scaled.sum(), scaled
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        [factors] = ctx.saved_tensors
-        grads = [None] * len(factors) if grad is None else (grad * factors).unbind()
-        return None, *grads, *[None] * ctx.unweighted
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, *[None] * len(ctx.factors)
+        return None, *torch._foreach_mul([grad] * len(ctx.factors), ctx.factors)

@@ -78,17 +78,45 @@ def test_a_subclass_that_overrides_forward_alone_is_obeyed():
         assert_close(losses["loss_giou"], expected[2])
 
 
-def test_a_subclass_without_a_match_for_all_layers_is_obeyed():
+@pytest.mark.parametrize("on", ["cpu", "elsewhere"])
+def test_a_matcher_that_gives_a_query_twice_is_named(on, monkeypatch):
+    """By its own ``forward``, although it inherits a ``match`` for all layers."""
     outputs, targets, _ = layers_of(COUNTS, 9, layers=1)
     outputs["pred_logits"] = outputs["pred_logits"][..., :9].detach()
-    with torch.no_grad():  # every target takes the one good query: no matching at all
+    with torch.no_grad():  # every target takes the one good query
         outputs["pred_boxes"][:] = 0.9
         outputs["pred_boxes"][:, 4] = torch.tensor([0.5, 0.5, 0.2, 0.2])
-    greedy = with_matcher(dino.SimpleMinsumMatcher(**COSTS), class_loss=ClassLoss("focal"))
-    calls = []
-    greedy.matcher.register_forward_hook(lambda *_: calls.append(1))
-    greedy(outputs, targets)
-    assert calls == [1]
+    criterion = with_matcher(dino.SimpleMinsumMatcher(**COSTS), class_loss=ClassLoss("focal"))
+    if on == "cpu":
+        with pytest.raises(ValueError, match="image 0: the matcher gives one query several targ"):
+            criterion(outputs, targets)
+    else:  # where nobody looks, the losses tell
+        monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda _: False))
+        assert criterion(outputs, targets)["loss_bbox"].isnan()
+
+
+def test_what_no_loss_asks_for_has_no_gradient():
+    outputs, targets, _ = layers_of(COUNTS, 9, layers=1)
+    for losses, without in ((["labels"], "pred_boxes"), (["boxes"], "pred_logits")):
+        values = [outputs[name] for name in ("pred_logits", "pred_boxes")]
+        found = build(9, losses=[*losses, "cardinality"])(outputs, targets)
+        total = sum(value for name, value in found.items() if name.startswith("loss_"))
+        grads = torch.autograd.grad(total, values, allow_unused=True)
+        assert [g is None for g in grads] == [n == without for n in ("pred_logits", "pred_boxes")]
+
+
+def test_masks_are_a_loss_of_the_last_layer_which_sees_all_outputs():
+    seen = []
+
+    class Masks(SetCriterion):
+        def loss_masks(self, outputs, targets, indices, num_boxes):
+            seen.append(outputs)
+            return {"loss_mask": outputs["pred_boxes"].sum()}
+
+    outputs, targets, _ = layers_of(COUNTS, 9)
+    losses = build(9, Masks, ["labels", "masks"])(outputs, targets)
+    assert [name for name in losses if "mask" in name] == ["loss_mask"]
+    assert seen == [outputs]
 
 
 @pytest.mark.parametrize("class_loss", [ClassLoss("focal"), VARIFOCAL], ids=lambda loss: loss.kind)
@@ -227,4 +255,4 @@ def test_the_number_of_ops_depends_neither_on_images_nor_on_layers(meta):
     assert counts[0] <= 30
     assert count.names.count("detr_fast.hungarian_match.default") == 1
     assert count.names.count("detr_fast.set_loss.default") == 1
-    assert count.names.count("aten.stack.default") == 2  # of scalars; none of logits or boxes
+    assert count.names.count("aten.stack.default") == 3  # of scalars; none of logits or boxes

@@ -53,12 +53,45 @@ def test_scalars_have_the_gradient_of_their_place(rows):
     assert_close(table.grad, expected)
 
 
-def test_double_backward_is_refused():
+def test_differentiable_twice():
     table = torch.randn(1, 5, requires_grad=True)
-    total, _ = weighted_losses({"loss_ce": scalars_of(table, 3)[0][0] ** 2}, {"loss_ce": 1})
+    total, _ = weighted_losses({"loss_ce": scalars_of(table, 3)[0][0] ** 3}, {"loss_ce": 2})
     [grad] = torch.autograd.grad(total, table, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    grad.sum().backward()
+    assert_close(table.grad[0, 0], 12 * table[0, 0].detach())
+
+
+def test_losses_may_be_changed_in_place():
+    """As the loops of detectron2 do it."""
+    table = torch.ones(2, 5, requires_grad=True)
+    losses = [[*row] for row in scalars_of(table, 3)]
+    losses[1][2] *= 7
+    losses[0][4] *= 2
+    assert_close(losses[1][1], torch.tensor(1.0))
+    (losses[1][2] + losses[1][1]).backward()
+    assert_close(table.grad, torch.tensor([[0.0] * 5, [0, 1, 7, 0, 0]]))
+
+
+def test_after_a_total_that_was_not_trained_on():
+    losses = {"loss_ce": torch.tensor(1.0, requires_grad=True)}
+    with torch.inference_mode():
+        weighted_losses({"loss_ce": torch.tensor(1.0)}, {"loss_ce": 0.7})
+    weighted_losses(losses, {"loss_ce": 0.7})[0].backward()
+    assert_close(losses["loss_ce"].grad, torch.tensor(0.7))
+
+
+def test_types_do_not_round_each_others_weights():
+    losses = {"a": torch.tensor(1.0, dtype=torch.bfloat16), "b": torch.tensor(1.0)}
+    _, terms = weighted_losses(losses, {"a": 1, "b": 0.3})
+    assert_close(terms["b"], torch.tensor(0.3))
+    assert weighted_losses({"n": torch.tensor(3), "b": torch.tensor(1.0)}, {"n": 0.5, "b": 0.3})[
+        0
+    ] == pytest.approx(1.8)
+
+
+def test_names_losses_without_a_weight():
+    with pytest.raises(ValueError, match=r"none of the losses \['loss_own'\] has a weight"):
+        weighted_losses({"loss_own": torch.tensor(1.0)}, {"loss_ce": 1})
 
 
 def test_weights_of_all_layers():

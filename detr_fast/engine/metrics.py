@@ -103,8 +103,8 @@ class StepMetrics:
     but for an epoch's first line, which waits. `finish` reads all.
 
     Args:
-        log (MetricLogger): gets the metrics of every step whose loss was finite and whose update
-            was made.
+        log (MetricLogger): gets the metrics of every step whose loss was finite; not those of a
+            step that ends in an update that was left out.
         watch (DivergenceWatch): told of every update and of what was not finite.
         epoch (int): its number, for messages.
         lateness (int): 0 reads with each line what there is; see `lateness_on`.

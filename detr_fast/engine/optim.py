@@ -132,7 +132,7 @@ class Learner:
     on.
 
     Args:
-        model (nn.Module): what learns, on its device.
+        model (nn.Module): what learns, on its device and with its weights.
         config (Config): the flags.
 
     Attributes:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def unbind_layers(stacked: Tensor) -> tuple[Tensor, ...]:
@@ -17,23 +16,39 @@ def unbind_layers(stacked: Tensor) -> tuple[Tensor, ...]:
     gradient: of 900 queries, 92 columns, 6 layers and 16 images 32 MB need not be copied.
 
     Args:
-        stacked (Tensor[L, ...]): for instance logits (L, B, Q, C).  Differentiable once.
+        stacked (Tensor[L, ...]): for instance logits (L, B, Q, C).
 
     Returns:
         tuple[Tensor[...], ...]: L views.
     """
+    # compilers see through a stack by themselves, and cannot see through the look at the storage
+    if torch.compiler.is_compiling() or _is_traced() or not torch.is_grad_enabled():
+        return stacked.unbind()
     slices: tuple[Tensor, ...] = _Unbind.apply(stacked)
     return slices
 
 
+def _is_traced() -> bool:
+    traced: bool = torch._C._get_tracing_state() is not None
+    return traced
+
+
 class _Unbind(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, stacked: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+    def forward(stacked: Tensor) -> tuple[Tensor, ...]:
         return stacked.unbind()
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, ...]:
+        return tangent.unbind()
+
+    @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Tensor | None:
         known = [grad for grad in grads if grad is not None]
         if not known:
@@ -46,12 +61,15 @@ class _Unbind(torch.autograd.Function):
 
 def _block_of(slices: Sequence[Tensor]) -> Tensor | None:
     """The contiguous tensor that these are the slices of, in order; None if there is none."""
-    if torch.compiler.is_compiling():  # the compiler sees through a stack by itself
+    if any(part.requires_grad for part in slices):  # to be differentiated again
         return None
-    first, start, step = slices[0], slices[0].storage_offset(), slices[0].numel()
-    storage = first.untyped_storage()._cdata
-    for i, part in enumerate(slices):
-        lies_there = part.untyped_storage()._cdata == storage
-        if not (lies_there and part.is_contiguous() and part.storage_offset() == start + i * step):
-            return None
-    return first.as_strided((len(slices), *first.shape), (step, *first.stride()))
+    first = slices[0]
+    try:
+        storages = {part.untyped_storage()._cdata for part in slices}
+    except (RuntimeError, NotImplementedError):  # within torch.func a tensor has none
+        return None
+    starts = [part.storage_offset() - first.storage_offset() for part in slices]
+    in_order = starts == [i * first.numel() for i in range(len(slices))]
+    if len(storages) > 1 or not in_order or not all(part.is_contiguous() for part in slices):
+        return None
+    return first.as_strided((len(slices), *first.shape), (first.numel(), *first.stride()))

@@ -65,13 +65,28 @@ def test_a_slice_that_nobody_uses_has_no_gradient():
     assert torch.autograd.gradcheck(lambda s: unbind_layers(s)[1].sin(), stacked)
 
 
+def weighted(stacked):
+    return sum((i + 1) * s.sin().sum() for i, s in enumerate(unbind_layers(stacked)))
+
+
+def test_transforms_of_torch_go_through():
+    stacked = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    [expected] = torch.autograd.grad(weighted(stacked), stacked)
+    assert_close(torch.func.grad(weighted)(stacked.detach()), expected)
+    total = weighted(stacked)
+    [batched] = torch.autograd.grad(total, stacked, torch.eye(2)[0].double(), is_grads_batched=True)
+    assert_close(batched, torch.stack([expected, 0 * expected]))
+    assert torch.autograd.gradcheck(weighted, stacked, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(weighted, stacked)
+    traced = torch.jit.trace(weighted, stacked)
+    assert "PythonOp" not in str(traced.graph)
+    assert_close(traced(stacked), total)
+
+
 def test_compiles_in_one_graph():
     torch.compiler.reset()
 
-    def total(stacked):
-        return sum((i + 1) * s.sin().sum() for i, s in enumerate(unbind_layers(stacked)))
-
     stacked = torch.randn(3, 4, requires_grad=True)
-    [expected] = torch.autograd.grad(total(stacked), stacked)
-    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    [expected] = torch.autograd.grad(weighted(stacked), stacked)
+    compiled = torch.compile(weighted, fullgraph=True, backend="aot_eager")
     assert_close(torch.autograd.grad(compiled(stacked), stacked)[0], expected)
