@@ -54,12 +54,13 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
         name = f"step {queries}x{targets}" + (", 1 layer" if layers == 1 else "")
         floors, moved = on_cpu(device, STEP_FLOORS[queries]), size(layers, queries)
         result.append(Case(name, build, agree, moved, floors=floors, count_ops=True))
-    shapes = [(size, "cross_entropy") for size in SIZES]
-    shapes += [(SIZES[1], kind) for kind in KINDS if kind != "cross_entropy"]
-    for (queries, targets), kind in shapes[:1] if quick else shapes:
-        build = functools.partial(losses, device, queries, targets, kind)
-        name = f"set_loss {queries}x{targets}, {kind}"
-        floors, moved = on_cpu(device, LOSS_FLOORS), size(LAYERS, queries)
+    shapes = [(size, LAYERS, "cross_entropy") for size in SIZES]
+    shapes += [(SIZES[1], LAYERS, kind) for kind in KINDS if kind != "cross_entropy"]
+    shapes += [(SIZES[0], 1, "cross_entropy")]
+    for (queries, targets), layers, kind in shapes[:1] if quick else shapes:
+        build = functools.partial(losses, device, layers, queries, targets, kind)
+        name = f"set_loss {queries}x{targets}, {kind}" + (", 1 layer" if layers == 1 else "")
+        floors, moved = on_cpu(device, LOSS_FLOORS), size(layers, queries)
         result.append(Case(name, build, agree, moved, floors=floors, count_ops=True))
     return result
 
@@ -170,9 +171,9 @@ def transformers_loss(
     return Contender(run, waits=True)
 
 
-def losses(device: torch.device, queries: int, targets: int, kind: str) -> Setup:
+def losses(device: torch.device, layers: int, queries: int, targets: int, kind: str) -> Setup:
     """The table of losses, and the gradients of a weighted sum of it."""
-    batch = random_batch(device, LAYERS, IMAGES, queries, targets, "trained")
+    batch = random_batch(device, layers, IMAGES, queries, targets, "trained")
     logits, boxes = leaves_of(batch)
     match = ops.hungarian_match(*batch, WEIGHTS).target_of_query
     weight = torch.ones(CLASSES + 1, device=device)
@@ -187,8 +188,8 @@ def losses(device: torch.device, queries: int, targets: int, kind: str) -> Setup
         gradients = torch.autograd.grad((table * factors).sum(), [*logits, *boxes])
         return {"table": table.detach()}, list(gradients)
 
-    twin: Contender | Missing = Missing("left out: takes a minute to compile")
-    if (queries, kind) == (SIZES[0][0], "cross_entropy"):
+    twin: Contender | Missing = Missing("left out: takes a minute to compile six layers")
+    if layers == 1:
         run = functools.partial(contender, compiled(reference.set_loss))
         twin = Contender(run, slow_start=True)
     return Setup(
