@@ -44,6 +44,17 @@ def with_matcher(matcher, **options):
     return SetCriterion(9, matcher, loss_weights(3), EOS, LOSSES, **options)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_evaluates_without_gradients(mode):
+    outputs, targets, _ = layers_of(COUNTS, 9)
+    expected = build(9)(outputs, targets)
+    with mode():
+        losses = build(9)(outputs, targets)
+        total, _ = weighted_losses(losses, loss_weights(3))
+    assert_close(losses, {name: value.detach() for name, value in expected.items()})
+    assert not total.requires_grad
+
+
 def test_packed_targets_give_the_same():
     outputs, targets, leaves = layers_of(COUNTS, 9)
     one = build(9)(outputs, targets)
