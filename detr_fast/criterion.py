@@ -123,7 +123,7 @@ class SetCriterion(nn.Module):
             num_boxes = _boxes_per_process(packed) if hooks or _has_processes() else None
             rows: Sequence[Sequence[Tensor]] = [()] * len(layers)
             if fused:
-                table = self._losses([*layers.values()], packed, match, num_boxes)
+                table = self._losses(fused, [*layers.values()], packed, match, num_boxes)
                 rows = scalars_of(table, _DIFFERENTIABLE)
             indices: Sequence[Indices] = pairs() if hooks else [()] * len(layers)
             known = dict(zip(layers, zip(layers.values(), rows, indices, strict=True), strict=True))
@@ -176,22 +176,19 @@ class SetCriterion(nn.Module):
 
         With ``log`` also ``class_error``: 100 less the accuracy on the matched queries, percent.
         """
-        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
-        return self._named("labels", row, log)
+        return self._loss_of_layer("labels", outputs, targets, indices, num_boxes, log)
 
     def loss_cardinality(
         self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """Mean absolute error of the number of objects in an image; for the log, no gradient."""
-        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
-        return self._named("cardinality", row)
+        return self._loss_of_layer("cardinality", outputs, targets, indices, num_boxes)
 
     def loss_boxes(
         self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
     ) -> dict[str, Tensor]:
         """L1 and GIoU loss of the matched pairs, summed and divided by ``num_boxes``."""
-        row = self._losses_of_layer(outputs, targets, indices, num_boxes)
-        return self._named("boxes", row)
+        return self._loss_of_layer("boxes", outputs, targets, indices, num_boxes)
 
     def check_labels(self, targets: Targets) -> None:
         """Raise if a label is no class; of targets on the CPU, for on a GPU a look would wait.
@@ -270,16 +267,17 @@ class SetCriterion(nn.Module):
 
     def _losses(
         self,
+        losses: Sequence[str],
         layers: Sequence[Outputs],
         targets: Targets,
         match: Match | Tensor,
         num_boxes: float | Tensor | None,
     ) -> Tensor:
-        """Results (L, 5) of the op; what no loss asks for has no gradient, not even one of 0."""
+        """Results (L, 5) of the op; what ``losses`` do not need has no gradient, not even 0."""
         logits, boxes = layer_tensors(layers, len(targets))
-        if "labels" not in self.losses:
+        if "labels" not in losses:
             logits = [x.detach() for x in logits]
-        if "boxes" not in self.losses:
+        if "boxes" not in losses:
             boxes = [x.detach() for x in boxes]
         return set_loss(
             logits,
@@ -291,10 +289,16 @@ class SetCriterion(nn.Module):
             num_boxes=num_boxes,
         )
 
-    def _losses_of_layer(
-        self, outputs: Outputs, targets: ImageTargets, indices: Indices, num_boxes: float | Tensor
-    ) -> Sequence[Tensor]:
-        """The five results of the op for one layer whose pairs are known."""
+    def _loss_of_layer(
+        self,
+        loss: str,
+        outputs: Outputs,
+        targets: ImageTargets,
+        indices: Indices,
+        num_boxes: float | Tensor,
+        log: bool = True,
+    ) -> dict[str, Tensor]:
+        """The values of a loss for one layer whose pairs are known."""
         some = outputs["pred_boxes"] if "pred_boxes" in outputs else outputs["pred_logits"]
         shape = some.shape[:2]
         nothing = {
@@ -304,9 +308,9 @@ class SetCriterion(nn.Module):
         packed = Targets.from_list(targets)
         packed = packed.to(some.device, non_blocking=some.device.type != "cpu")
         found = _target_of_query(indices, shape[1], some.device)[None]
-        table = self._losses([{**nothing, **outputs}], packed, found, num_boxes)
+        table = self._losses([loss], [{**nothing, **outputs}], packed, found, num_boxes)
         [row] = scalars_of(table, _DIFFERENTIABLE)
-        return row
+        return self._named(loss, row, log)
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """Image and query of every matched pair, to index ``(B, Q, ...)`` with."""
