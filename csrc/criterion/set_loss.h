@@ -32,8 +32,9 @@ namespace detr_fast {
 //   cross-entropy.
 // set_loss_backward(grad (L, kLossColumns), the inputs, softmax, divisor, ..., needs_logits,
 //                   needs_boxes)
-//     -> gradients of each layer's logits and boxes in their types, contiguous; no tensor at all
-//        where not needed. The columns that count errors have none.
+//     -> gradients of the logits and of the boxes in their types, contiguous: a list of one tensor
+//        (L, B, Q, ...) where all layers are of one shape, of L tensors (B, Q, ...) otherwise, of
+//        none where not needed. The columns that count errors have none.
 //   No atomics: results depend neither on the schedule nor on the number of threads.
 struct SetLossInputs {
   std::vector<Tensor> logits, boxes;
@@ -152,28 +153,34 @@ inline void check_set_loss_backward(const SetLossProblems& p, const Tensor& grad
   check_number(divisor, "divisor", {p.layers, kDivisorColumns}, logits);
 }
 
-// Tensors for the gradients of `layers`: slices of one block of memory where all are of one shape,
-// so that whoever stacks them again has nothing to copy.
-inline std::vector<Tensor> gradients_of(const std::vector<Tensor>& layers) {
-  const auto first = layers[0].sizes();
-  const bool alike = std::all_of(layers.begin(), layers.end(), [&](const Tensor& layer) {
-    const auto sizes = layer.sizes();
-    return std::equal(sizes.begin(), sizes.end(), first.begin());
-  });
-  std::vector<Tensor> gradients;
-  if (alike) {
-    std::vector<int64_t> sizes = {int64_t(layers.size())};
-    sizes.insert(sizes.end(), first.begin(), first.end());
-    const Tensor block = torch::stable::new_empty(layers[0], sizes);
-    for (size_t i = 0; i < layers.size(); ++i) {
-      gradients.push_back(torch::stable::select(block, 0, int64_t(i)));
+// The gradients of `layers`: one block of memory (L, ...) where all are of one shape, so that whoever
+// stacks them again has nothing to copy. An op must not return its slices, which are one tensor's.
+struct LayerGradients {
+  std::vector<Tensor> results;  // what the op returns: the block, or a tensor for each layer
+  std::vector<Tensor> layers;
+
+  LayerGradients() = default;  // not needed
+
+  explicit LayerGradients(const std::vector<Tensor>& like) {
+    const auto first = like[0].sizes();
+    const bool alike = std::all_of(like.begin(), like.end(), [&](const Tensor& layer) {
+      const auto sizes = layer.sizes();
+      return std::equal(sizes.begin(), sizes.end(), first.begin());
+    });
+    if (!alike) {
+      for (const Tensor& layer : like) {
+        layers.push_back(torch::stable::new_empty(layer, layer.sizes()));
+      }
+      results = layers;
+      return;
     }
-    return gradients;
+    std::vector<int64_t> sizes = {int64_t(like.size())};
+    sizes.insert(sizes.end(), first.begin(), first.end());
+    results.push_back(torch::stable::new_empty(like[0], sizes));
+    for (size_t i = 0; i < like.size(); ++i) {
+      layers.push_back(torch::stable::select(results[0], 0, int64_t(i)));
+    }
   }
-  for (const Tensor& layer : layers) {
-    gradients.push_back(torch::stable::new_empty(layer, layer.sizes()));
-  }
-  return gradients;
-}
+};
 
 }  // namespace detr_fast

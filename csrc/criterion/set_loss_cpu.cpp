@@ -306,9 +306,9 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> set_loss_backward_cpu(
                                 {},     class_weight, {}};
   const SetLossProblems problems = check_set_loss(inputs, class_loss, alpha, gamma);
   check_set_loss_backward(problems, grad, softmax, divisor, logits[0]);
-  std::vector<Tensor> grad_logits, grad_boxes;
-  if (needs_logits) grad_logits = gradients_of(logits);
-  if (needs_boxes) grad_boxes = gradients_of(boxes);
+  LayerGradients grad_logits, grad_boxes;
+  if (needs_logits) grad_logits = LayerGradients(logits);
+  if (needs_boxes) grad_boxes = LayerGradients(boxes);
   const Tensor weights = dense(grad), saved = dense(softmax), by = dense(divisor);
   dispatch_floating_or_half(logits[0].scalar_type(), [&](auto zero) {
     using source_t = decltype(zero);
@@ -320,7 +320,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> set_loss_backward_cpu(
       const int64_t queries = call.layers[layer].queries;
       if (needs_logits) {
         const int64_t at = int64_t(layer) * problems.images + image;
-        auto* out = static_cast<source_t*>(grad_logits[layer].mutable_data_ptr());
+        auto* out = static_cast<source_t*>(grad_logits.layers[layer].mutable_data_ptr());
         call.logits_backward(layer, image, losses[kClassLoss] / divisors[kClassDivisor],
                              saved.const_data_ptr<scalar_t>() + at * call.softmax_size(), row,
                              out + image * queries * call.layers[layer].columns);
@@ -329,13 +329,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> set_loss_backward_cpu(
         const BoxLosses<scalar_t> scale = {losses[kBoxLoss] / divisors[kBoxDivisor],
                                            losses[kGiouLoss] / divisors[kBoxDivisor]};
         dispatch_floating_or_half(boxes[layer].scalar_type(), [&](auto box_zero) {
-          auto* out = static_cast<decltype(box_zero)*>(grad_boxes[layer].mutable_data_ptr());
+          auto* out = static_cast<decltype(box_zero)*>(grad_boxes.layers[layer].mutable_data_ptr());
           call.boxes_backward(layer, image, scale, out + image * queries * 4);
         });
       }
     });
   });
-  return {grad_logits, grad_boxes};
+  return {grad_logits.results, grad_boxes.results};
 }
 
 }  // namespace

@@ -168,19 +168,19 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> set_loss_backward_cuda(
                                 {},     class_weight, {}};
   const SetLossProblems problems = check_set_loss(inputs, class_loss, alpha, gamma);
   check_set_loss_backward(problems, grad, softmax, divisor, logits[0]);
-  std::vector<Tensor> grad_logits, grad_boxes;
-  if (needs_logits) grad_logits = gradients_of(logits);
-  if (needs_boxes) grad_boxes = gradients_of(boxes);
+  LayerGradients grad_logits, grad_boxes;
+  if (needs_logits) grad_logits = LayerGradients(logits);
+  if (needs_boxes) grad_boxes = LayerGradients(boxes);
   if (needs_logits || needs_boxes) {
     const SetLossInputs dense_inputs = laid_out(inputs);
     const Tensor weights = dense(grad), saved = dense(softmax), by = dense(divisor);
     if (arithmetic_type(logits[0]) == torch::headeronly::ScalarType::Double) {
-      backward<double>(problems, dense_inputs, weights, saved, by, grad_logits, grad_boxes);
+      backward<double>(problems, dense_inputs, weights, saved, by, grad_logits.layers, grad_boxes.layers);
     } else {
-      backward<float>(problems, dense_inputs, weights, saved, by, grad_logits, grad_boxes);
+      backward<float>(problems, dense_inputs, weights, saved, by, grad_logits.layers, grad_boxes.layers);
     }
   }
-  return {grad_logits, grad_boxes};
+  return {grad_logits.results, grad_boxes.results};
 }
 
 }  // namespace

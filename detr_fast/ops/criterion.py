@@ -165,10 +165,10 @@ def _set_loss_backward_fake(
 
 
 def _gradients_of(layers: Sequence[Tensor]) -> list[Tensor]:
-    """Slices of one block of memory where all layers are of one shape, as in set_loss.h."""
+    """One block of memory where all layers are of one shape, as LayerGradients of set_loss.h."""
     first = layers[0]
     if all(layer.shape == first.shape for layer in layers):
-        return list(first.new_empty(len(layers), *first.shape).unbind())
+        return [first.new_empty(len(layers), *first.shape)]
     return [layer.new_empty(layer.shape) for layer in layers]
 
 
@@ -193,12 +193,19 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _ops.set_loss_backward.default(
         grad, logits, boxes, *tensors, *ctx.options, any(needs_logits), any(needs_boxes)
     )
-    none = [None] * layers
     return tuple(
         g if needed else None
         for of_side, needs in zip(grads, (needs_logits, needs_boxes), strict=True)
-        for g, needed in zip(of_side or none, needs, strict=True)
+        for g, needed in zip(_layers_of(of_side, layers), needs, strict=True)
     )
+
+
+def _layers_of(grads: Sequence[Tensor], layers: int) -> Sequence[Tensor | None]:
+    """Of each layer, of what set_loss_backward returns: (L, B, Q, ...), L x (B, Q, ...) or none."""
+    if not grads:
+        return [None] * layers
+    block = grads[0].dim() == 4
+    return grads[0].unbind() if block else grads
 
 
 def _set_loss_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
