@@ -60,4 +60,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETR_FAST_NAMESPACE, m) {
       "Tensor target_boxes, Tensor count, Tensor target_of_query, Tensor? class_weight, "
       "Tensor softmax, Tensor divisor, int class_loss, float alpha, float gamma, "
       "bool needs_logits, bool needs_boxes) -> (Tensor[] grad_logits, Tensor[] grad_boxes)");
+  // Attention of (B, H, L, D) heads whose padded rows are skipped: out (B, L, H, D), logarithm of
+  // the sum of exponentials (B, H, L), bits of the weights that dropout has kept
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor? query_rect, Tensor? key_rect, "
+      "Tensor? key_count, SymInt padded_width, int kept, Tensor? seed) -> (Tensor out, Tensor lse, "
+      "Tensor keep)");
+  // Gradients of q, k, v: one (B, L, 3, H, D) where all have L rows, else three (B, L, H, D)
+  m.def(
+      "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor keep, Tensor? query_rect, Tensor? key_rect, Tensor? key_count, SymInt padded_width, "
+      "int kept) -> Tensor[]");
 }

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of the attention kernels on raw pointers; the contract is attention.h.
+#pragma once
+
+#include "attention/rows.h"
+#include "common/element.h"
+
+namespace detr_fast {
+
+// What forward and backward read.
+struct AttentionInputs {
+  ElementType type;  // kHalf or kBFloat16
+  int images, heads, queries, keys, head_dim;
+  HeadsInput q, k, v;  // rows on 16-byte boundaries
+  const int32_t *query_rect, *key_rect, *key_count;  // null where not given
+  int padded_width;
+  int kept;  // of kKeepLevels; all of them: no dropout
+};
+
+struct AttentionOutputs {
+  const int64_t* seed;  // null without dropout
+  void* out;            // (images, queries, heads, head_dim)
+  float* lse;           // (images, heads, queries)
+  uint32_t* keep;       // (images, heads, queries, keep_words(keys)); null without dropout
+};
+
+struct AttentionGradients {
+  HeadsInput grad, out;
+  const float* lse;
+  const uint32_t* keep;
+  float* statistics;  // workspace (images, heads, statistics_rows(queries), 2)
+  // (images, rows, heads, head_dim), rows and images a number of elements apart
+  void *grad_q, *grad_k, *grad_v;
+  int64_t query_step, key_step;  // from row to row
+};
+
+DETR_FAST_HOST_DEVICE int statistics_rows(int queries) { return (queries + 63) / 64 * 64; }
+
+void launch_attention(const AttentionInputs&, const AttentionOutputs&, void* stream);
+void launch_attention_backward(const AttentionInputs&, const AttentionGradients&, void* stream);
+
+}  // namespace detr_fast
