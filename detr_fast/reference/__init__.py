@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain torch versions of the ops: same names, same signatures, the measure of all tests."""
 
+from detr_fast.reference.attention import attention
 from detr_fast.reference.boxes import (
     box_area,
     box_cxcywh_to_xyxy,
@@ -14,6 +15,7 @@ from detr_fast.reference.criterion import set_loss
 from detr_fast.reference.matcher import hungarian_match, linear_sum_assignment
 
 __all__ = [
+    "attention",
     "box_area",
     "box_cxcywh_to_xyxy",
     "box_iou",
