@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention/dropout.h"
+#include "attention/rows.h"
 #include "common/checks.h"
 
 namespace detr_fast {
@@ -37,8 +38,6 @@ struct AttentionArguments {
   int64_t padded_width, kept;
 };
 
-constexpr int64_t kHeadDim = 32;
-
 inline void check_rows(const std::optional<Tensor>& rows, const char* name,
                        const std::vector<int64_t>& sizes, const Tensor& q) {
   if (!rows) return;
@@ -51,8 +50,9 @@ inline void check_rows(const std::optional<Tensor>& rows, const char* name,
 
 inline void check_grid(const std::optional<Tensor>& rect, const char* name, int64_t length,
                        int64_t padded_width) {
-  STD_TORCH_CHECK(!rect || (padded_width > 0 && length % padded_width == 0), name, ": a sequence of ",
-                  length, " rows is no grid that is padded_width = ", padded_width, " wide");
+  STD_TORCH_CHECK(!rect || (padded_width > 0 && length % padded_width == 0), name,
+                  ": a sequence of ", length,
+                  " rows is no grid that is padded_width = ", padded_width, " wide");
 }
 
 inline void check_attention(const AttentionArguments& a) {
@@ -73,8 +73,8 @@ inline void check_attention(const AttentionArguments& a) {
   STD_TORCH_CHECK(!a.key_rect || !a.key_count, "key_rect and key_count: expected at most one");
   check_grid(a.query_rect, "query_rect", queries, a.padded_width);
   check_grid(a.key_rect, "key_rect", keys, a.padded_width);
-  STD_TORCH_CHECK(a.kept > 0 && a.kept <= kKeepLevels, "kept: expected 1 to ", kKeepLevels, ", got ",
-                  a.kept);
+  STD_TORCH_CHECK(a.kept > 0 && a.kept <= kKeepLevels, "kept: expected 1 to ", kKeepLevels,
+                  ", got ", a.kept);
   constexpr int64_t most_blocks = 65535, most_rows = std::numeric_limits<int>::max() / 2;
   STD_TORCH_CHECK(images <= most_blocks && heads <= most_blocks, "q: expected at most ",
                   most_blocks, " images and heads, got ", images, " and ", heads);

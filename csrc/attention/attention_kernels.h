@@ -10,8 +10,8 @@ namespace detr_fast {
 // What forward and backward read.
 struct AttentionInputs {
   ElementType type;  // kHalf or kBFloat16
-  int images, heads, queries, keys, head_dim;
-  HeadsInput q, k, v;  // rows on 16-byte boundaries
+  int images, heads, queries, keys;
+  HeadsInput q, k, v;                                // rows on 16-byte boundaries
   const int32_t *query_rect, *key_rect, *key_count;  // null where not given
   int padded_width;
   int kept;  // of kKeepLevels; all of them: no dropout
@@ -19,7 +19,7 @@ struct AttentionInputs {
 
 struct AttentionOutputs {
   const int64_t* seed;  // null without dropout
-  void* out;            // (images, queries, heads, head_dim)
+  void* out;            // (images, queries, heads, kHeadDim)
   float* lse;           // (images, heads, queries)
   uint32_t* keep;       // (images, heads, queries, keep_words(keys)); null without dropout
 };
@@ -29,7 +29,7 @@ struct AttentionGradients {
   const float* lse;
   const uint32_t* keep;
   float* statistics;  // workspace (images, heads, statistics_rows(queries), 2)
-  // (images, rows, heads, head_dim), rows and images a number of elements apart
+  // (images, rows, heads, kHeadDim)
   void *grad_q, *grad_k, *grad_v;
   int64_t query_step, key_step;  // from row to row
 };

@@ -8,6 +8,8 @@
 
 namespace detr_fast {
 
+constexpr int kHeadDim = 32;
+
 // The real rows of an image, numbered from 0 on: a rectangle at the upper left of a grid, or, with
 // the width of the grid its own, a run at the beginning.
 struct Rows {

@@ -33,7 +33,8 @@ CUDASIM_UNCHECKED void combine_mma(Lanes& lanes) {
     const auto& in = input_of<MmaInput>(lanes, lane);
     const int group = int(lane) / 4, pair = int(lane) % 4 * 2;
     for (int i = 0; i < 8; ++i) {
-      a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = element_of<element_t>(in.a[i / 2], i % 2);
+      a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] =
+          element_of<element_t>(in.a[i / 2], i % 2);
     }
     for (int i = 0; i < 4; ++i) {
       b[pair + i % 2 + i / 2 * 8][group] = element_of<element_t>(in.b[i / 2], i % 2);
@@ -89,7 +90,8 @@ CUDASIM_UNCHECKED void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint3
 template <bool kTransposed>
 CUDASIM_UNCHECKED void simulated_load_matrices(uint32_t (&r)[4], const void* row,
                                                ::cudasim::Location caller) {
-  if (reinterpret_cast<uintptr_t>(row) % 16) ::cudasim::fail("ldmatrix: row is not on 16 bytes", caller);
+  if (reinterpret_cast<uintptr_t>(row) % 16)
+    ::cudasim::fail("ldmatrix: row is not on 16 bytes", caller);
   const char* const in = static_cast<const char*>(row);
   uint32_t out[4];
   ::cudasim::warp_collective("ldmatrix", ~0u, &in, &out,
