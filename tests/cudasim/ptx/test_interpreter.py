@@ -117,6 +117,10 @@ INTEGER = {
     ".shared .align 4 .b8 cells[128]; mov.u64 %a3, cells; mad.wide.u32 %a3, %r3, 4, %a3;"
     "cvta.shared.u64 %l0, %a3; st.b32 [%l0], %r0; cvta.to.shared.u64 %a3, %l0;"
     "ld.shared.b32 %r2, [%a3]": lambda x, y: x,
+    ".shared .align 4 .b8 pad[4]; .shared .align 4 .u32 cell; setp.eq.u32 %p0, %r3, 9;"
+    "@%p0 st.shared.u32 [cell], %r0; bar.sync 0; ld.shared.u32 %r2, [cell]": (
+        lambda x, y: x[TID * 0 + 9]
+    ),
     "mov.b64 %l0, {%r0, %r1}; mov.b64 {%r3, %r2}, %l0": lambda x, y: y,
     "{ .reg .b32 %r2; mov.u32 %r2, 5; add.s32 %r0, %r0, %r2; } mov.u32 %r2, %r0": (
         lambda x, y: x + 5
