@@ -61,19 +61,24 @@ def chooses_path(op: str) -> Callable[[Callable[P, Path]], Callable[P, Path]]:
 @torch.compiler.assume_constant_result
 def why_no_kernel(op: str, device: torch.device) -> str:
     """Why a compiled ``op`` does not run on a device; nothing where it does."""
+    if device.type == "cuda":
+        return _why_not_on_gpu(op, device)
     key = torch._C._dispatch_key_for_device(device.type)
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", key):
-        why = f" ({_why_no_cuda})" if device.type == "cuda" and _why_no_cuda else ""
-        return f"no kernel for {device.type}{why}"
-    if device.type == "cuda" and (capability := _capability(device)) < _LEAST_CAPABILITY:
-        found, least = (".".join(map(str, c)) for c in (capability, _LEAST_CAPABILITY))
-        return f"compute capability {found} is below {least}"
-    return ""
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", key)
+    return "" if registered else f"no kernel for {device.type}"
 
 
 @functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def _why_not_on_gpu(op: str, device: torch.device) -> str:
+    if _why_no_cuda:
+        return _why_no_cuda
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", "CUDA"):
+        return "no kernel for cuda"
+    found = torch.cuda.get_device_capability(device)
+    if found < _LEAST_CAPABILITY:
+        least = ".".join(map(str, _LEAST_CAPABILITY))
+        return f"compute capability {found[0]}.{found[1]}, compiled for {least} and above"
+    return ""
 
 
 @overload

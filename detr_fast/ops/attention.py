@@ -24,15 +24,10 @@ _DTYPES = (*_FUSED_DTYPES, torch.float32, torch.float64)
 # ---- checks, which look at no number on the device
 
 
-def _check_shape(tensor: Tensor, name: str, *sizes: int | None) -> None:
-    """Raise unless the shape is ``sizes``, where None stands for any."""
-    found = tensor.shape
-    if len(found) != len(sizes) or any(
-        size is not None and size != own for size, own in zip(sizes, found, strict=True)
-    ):
-        expected = ", ".join("*" if size is None else str(size) for size in sizes)
-        expected += "," * (len(sizes) == 1)
-        raise RuntimeError(f"{name}: expected shape ({expected}), got {tuple(found)}")
+def _check_shape(fits: bool, tensor: Tensor, name: str, *sizes: object) -> None:
+    if not fits:
+        expected = ", ".join(map(str, sizes)) + "," * (len(sizes) == 1)
+        raise RuntimeError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
 
 
 def _check_device(tensor: Tensor, name: str, q: Tensor) -> None:
@@ -45,7 +40,8 @@ def _check_rows(rows: Tensor | None, name: str, q: Tensor, *columns: int) -> Non
         return
     if rows.dtype != torch.int32:
         raise RuntimeError(f"{name}: expected dtype torch.int32, got {rows.dtype}")
-    _check_shape(rows, name, q.shape[0], *columns)
+    sizes = (q.shape[0], *columns)
+    _check_shape(rows.shape == sizes, rows, name, *sizes)
     _check_device(rows, name, q)
 
 
@@ -73,8 +69,10 @@ def _check_padding(
     if q.dtype not in _DTYPES:
         known = ", ".join(map(str, _DTYPES))
         raise RuntimeError(f"q: expected dtype {known}, got {q.dtype}")
-    _check_shape(q, "q", None, None, None, None)
-    _check_shape(k, "k", q.shape[0], q.shape[1], None, q.shape[3])
+    _check_shape(q.dim() == 4, q, "q", "*", "*", "*", "*")
+    images, heads, _, columns = q.shape
+    fits = k.dim() == 4 and k.shape == (images, heads, k.shape[2], columns)
+    _check_shape(fits, k, "k", images, heads, "*", columns)
     _check_alike(k, "k", q)
     if key_rect is not None and key_count is not None:
         raise ValueError("key_rect and key_count: expected at most one of them")
@@ -104,7 +102,8 @@ def _check(
     dropout_p: float = 0.0,
 ) -> None:
     _check_padding(q, k, query_rect, key_rect, padded_width, key_count)
-    _check_shape(v, "v", q.shape[0], q.shape[1], k.shape[2], None)
+    rows = k.shape[:3]
+    _check_shape(v.dim() == 4 and v.shape[:3] == rows, v, "v", *rows, "*")
     _check_alike(v, "v", q)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected a probability, 0 to 1, got {dropout_p}")
@@ -211,10 +210,11 @@ def attention(
         ...     q, k, v, query_rect=rect, key_rect=rect, padded_width=4
         ... )
     """
-    q, k, v = (x.to(_computed_in(x)) for x in (q, k, v))
+    dtype = _computed_in(q)  # as are k and v: that has been checked
+    q, k, v = (x.to(dtype) for x in (q, k, v))
     kept = kept_levels(dropout_p)
-    keys = Rows(key_rect, key_count, padded_width)
-    if _why_not_fused(q, k, v, mask, kept):
+    if _why_not_fused(dtype, q, v, mask, kept):
+        keys = Rows(key_rect, key_count, padded_width)
         return _sdpa(q, k, v, query_rect, keys, mask, 1 - kept / KEEP_LEVELS)
     seed = None
     if kept < KEEP_LEVELS:
@@ -236,13 +236,13 @@ def _path(
     dropout_p: float = 0.0,
     **_: Any,
 ) -> Path:
-    why_not = _why_not_fused(q, k, v, mask, kept_levels(dropout_p))
+    why_not = _why_not_fused(_computed_in(q), q, v, mask, kept_levels(dropout_p))
     return ("sdpa", why_not) if why_not else ("fused", f"{q.device.type} has a kernel for this")
 
 
-def _why_not_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: int) -> str:
+def _why_not_fused(dtype: torch.dtype, q: Tensor, v: Tensor, mask: Tensor | None, kept: int) -> str:
     """The reason; nothing where the fused kernels run."""
-    if (dtype := _computed_in(q)) not in _FUSED_DTYPES:
+    if dtype not in _FUSED_DTYPES:
         return f"dtype {dtype}, fused: {' and '.join(map(str, _FUSED_DTYPES))}"
     if q.shape[3] != _HEAD_DIM or v.shape[3] != _HEAD_DIM:
         return f"head dimensions {q.shape[3]} and {v.shape[3]}, fused: {_HEAD_DIM}"
