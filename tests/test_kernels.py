@@ -13,9 +13,11 @@ from tests.cudasim.ptx.emit import demangled, kept, product_kernels, short_name,
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = sorted(ROOT.glob("csrc/**/*.cu"), key=str)
-# Most registers that a thread of a kernel may use on any architecture, for float and for double, in
-# the eights that they are given in; 65536 serve the threads of a multiprocessor.
+# Most registers that a thread of a kernel may use on any architecture, by the type of its elements,
+# in the eights that they are given in; 65536 serve the threads of a multiprocessor.
+HALVES = ("__half", "__nv_bfloat16")
 REGISTERS = {
+    "attention_kernel": dict.fromkeys(HALVES, 168),  # three blocks of 128 threads
     "pairwise_iou_kernel": {"float": 24, "double": 40},
     "pairwise_iou_backward_rows_kernel": {"float": 56, "double": 72},
     "pairwise_iou_backward_columns_kernel": {"float": 56, "double": 72},
@@ -54,7 +56,7 @@ class Entry(NamedTuple):
 
 def kernel_and_type(symbol):
     """("f_kernel", "float") of the symbol of f_kernel<..., float>."""
-    kernel, _, arguments = short_name(demangled(symbol)).rstrip(">").partition("<")
+    kernel, _, arguments = short_name(demangled(symbol)).removesuffix(">").partition("<")
     return kernel, arguments.split(", ")[-1]
 
 

@@ -23,8 +23,9 @@ struct Shape {
   static constexpr int kRows = kWarpRows * kQueryWarps;
   static constexpr int kGroupThreads = kQueryWarps * kWarpSize;
   static constexpr int kThreads = kGroupThreads * kGroups;
-  static constexpr int kWords = kKeys / kKeysInWord;   // of a row and step
-  static constexpr int kStage = 2 * kKeys * kTileRow;  // bytes: keys and values
+  static constexpr int kWords = kKeys / kKeysInWord;  // of a row and step
+  using Tiles = TilePair<kKeys, kGroupThreads>;
+  static constexpr int kStages = 2 * Tiles::kStage;  // bytes of a group
 };
 
 // Many queries: two tiles a warp halve what it reads from shared memory, 128 rows what the blocks
@@ -62,78 +63,119 @@ __device__ __forceinline__ float quad_max(float value) {
   return fmaxf(value, __shfl_xor_sync(kWholeWarp, value, 2));
 }
 
-// Scores of a step become probabilities, not yet divided by their sum, as fragments a.
-template <typename element_t, int kTiles, int kKeys>
-__device__ __forceinline__ void exponentials(uint32_t (&p)[kTiles][kKeys / 16][4],
-                                             const float (&scores)[kTiles][kKeys / 8][4],
-                                             RunningSoftmax<kTiles>& state, float scale) {
+// Sets the scores from column `left` on to minus infinity.
+template <int kColumns>
+__device__ __forceinline__ void hide(float (&scores)[kColumns][4], int left, int lane) {
 #pragma unroll
-  for (int m = 0; m < kTiles; ++m) {
+  for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float largest = state.largest[m][h];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        largest = fmaxf(fmaxf(largest, scores[m][n][2 * h]), scores[m][n][2 * h + 1]);
-      }
-      largest = quad_max(largest);
-      state.scale(m, h, exp2_fast((state.largest[m][h] - largest) * scale));
-      state.largest[m][h] = largest;
-      const float less = -largest * scale;
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        p[m][n / 2][n % 2 * 2 + h] =
-            pack<element_t>(exp2_fast(fmaf(scores[m][n][2 * h], scale, less)),
-                            exp2_fast(fmaf(scores[m][n][2 * h + 1], scale, less)));
-      }
+    for (int e = 0; e < 4; ++e) {
+      if (n * 8 + lane % 4 * 2 + e % 2 >= left) scores[n][e] = -float(kInfinity);
     }
   }
 }
 
-// Draws and stores which weights of a step are kept, and sets the others to 0.
-template <typename S>
-__device__ __forceinline__ void drop(uint32_t (&p)[S::kTiles][S::kKeys / 16][4], uint32_t* keep,
-                                     int words, uint64_t seed, int problem, int first, int queries,
-                                     int first_word, int kept, int lane) {
-  // a lane draws the words of one row: all lanes, or the first half of them
-  uint32_t drawn[S::kWords];
-  const int row = lane % S::kWarpRows;
+// Scores of tile m become probabilities, not yet divided by their sum, as fragments a.
+template <typename element_t, int kTiles, int kColumns>
+__device__ __forceinline__ void exponentials(uint32_t (&p)[kColumns / 2][4],
+                                             const float (&scores)[kColumns][4],
+                                             RunningSoftmax<kTiles>& state, int m) {
 #pragma unroll
-  for (int w = 0; w < S::kWords; ++w) {
-    drawn[w] = keep_word(seed, problem, first + row, first_word + w, kept);
-  }
-  if (lane < S::kWarpRows && first + row < queries) {
-    uint32_t* const stored = keep + int64_t(first + row) * words + first_word;
-    if constexpr (S::kWords == 2) {
-      *reinterpret_cast<uint2*>(stored) = uint2{drawn[0], drawn[1]};
-    } else {
-      *stored = drawn[0];
+  for (int h = 0; h < 2; ++h) {
+    float largest = state.largest[m][h];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      largest = fmaxf(fmaxf(largest, scores[n][2 * h]), scores[n][2 * h + 1]);
+    }
+    largest = quad_max(largest);
+    state.scale(m, h, exp2_fast((state.largest[m][h] - largest) * kScaleLog2E));
+    state.largest[m][h] = largest;
+    const float less = -largest * kScaleLog2E;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      p[n / 2][n % 2 * 2 + h] =
+          pack<element_t>(exp2_fast(fmaf(scores[n][2 * h], kScaleLog2E, less)),
+                          exp2_fast(fmaf(scores[n][2 * h + 1], kScaleLog2E, less)));
     }
   }
+}
+
+// Draws which weights of a warp's rows are kept, step by step, stores it and sets the others to 0.
+// A lane draws for one row; there are as many rows as lanes, or half as many.
+template <typename S>
+class Dropout {
+ public:
+  __device__ __forceinline__ Dropout(const AttentionInputs& in, const AttentionOutputs& out,
+                                     const Rows& queries, int image, int head, int first, int word,
+                                     int lane)
+      : seed_(uint64_t(*out.seed)), row_(first + lane % S::kWarpRows), word_(word) {
+    const int words = keep_words(in.keys);
+    if (lane < S::kWarpRows && row_ < queries.count) {
+      bits_ = out.keep + heads_first(image, head, row_, in.heads, in.queries, words) + word;
+    }
+  }
+
+  __device__ __forceinline__ void step(uint32_t (&p)[S::kTiles][S::kKeys / 16][4],
+                                       const AttentionInputs& in) {
+    const int problem = blockIdx.z * in.heads + blockIdx.y, lane = threadIdx.x % kWarpSize;
+    uint32_t drawn[S::kWords];
 #pragma unroll
-  for (int m = 0; m < S::kTiles; ++m) {
+    for (int w = 0; w < S::kWords; ++w) {
+      drawn[w] = keep_word(seed_, problem, row_, word_ + w, in.kept);
+    }
+    word_ += S::kWords;
+    if (bits_ != nullptr) {
+      if constexpr (S::kWords == 2) {
+        *reinterpret_cast<uint2*>(bits_) = uint2{drawn[0], drawn[1]};
+      } else {
+        *bits_ = drawn[0];
+      }
+      bits_ += S::kWords;
+    }
+    mask(p, drawn, lane);
+  }
+
+ private:
+  static __device__ __forceinline__ void mask(uint32_t (&p)[S::kTiles][S::kKeys / 16][4],
+                                              const uint32_t (&drawn)[S::kWords], int lane) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int m = 0; m < S::kTiles; ++m) {
 #pragma unroll
-      for (int w = 0; w < S::kWords; ++w) {
-        const int source = 16 * m + 8 * h + lane / 4;
-        const uint32_t bits = __shfl_sync(kWholeWarp, drawn[w], source) << (2 * (lane % 4));
+      for (int h = 0; h < 2; ++h) {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {  // eights of the word's keys
-          const uint32_t mask = spread_signs(bits << (n / 2), 0, n % 2 ? 0xbbaa : 0x9988);
-          p[m][2 * w + n / 2][n % 2 * 2 + h] &= mask;
+        for (int w = 0; w < S::kWords; ++w) {
+          const int source = 16 * m + 8 * h + lane / 4;
+          const uint32_t bits = __shfl_sync(kWholeWarp, drawn[w], source) << (2 * (lane % 4));
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {  // eights of the word's keys
+            const uint32_t mask = spread_signs(bits << (n / 2), 0, n % 2 ? 0xbbaa : 0x9988);
+            p[m][2 * w + n / 2][n % 2 * 2 + h] &= mask;
+          }
         }
       }
     }
   }
-}
+
+  const uint64_t seed_;
+  uint32_t* bits_ = nullptr;  // to be stored next; null where this lane's are not
+  const int row_;
+  int word_;
+};
+
+struct NoDropout {
+  template <typename... Arguments>
+  __device__ __forceinline__ explicit NoDropout(const Arguments&...) {}
+
+  template <typename Weights>
+  __device__ __forceinline__ void step(Weights&, const AttentionInputs&) {}
+};
 
 // Adds the sums of the other groups of keys to those of the first, in their order.
 template <typename S>
 __device__ __forceinline__ void merge_groups(RunningSoftmax<S::kTiles>& state, Stage* stage,
-                                             float scale, int group, int thread) {
+                                             int group, int thread) {
   constexpr int kNumbers = S::kTiles * (4 + kColumnTiles * 4);
-  static_assert(kNumbers * S::kGroupThreads * (S::kGroups - 1) * 4 <= S::kGroups * 2 * S::kStage);
+  static_assert(kNumbers * S::kGroupThreads * (S::kGroups - 1) * 4 <= S::kGroups * S::kStages);
   float* const shared = reinterpret_cast<float*>(stage) + thread;
   __syncthreads();  // the tiles are no longer read
   if (group > 0) {
@@ -172,9 +214,9 @@ __device__ __forceinline__ void merge_groups(RunningSoftmax<S::kTiles>& state, S
         const float theirs = get(), largest = fmaxf(state.largest[m][h], theirs);
         // no keys: nothing to add, and infinity less infinity is NaN
         const float weight =
-            theirs == -float(kInfinity) ? 0 : exp2_fast((theirs - largest) * scale);
+            theirs == -float(kInfinity) ? 0 : exp2_fast((theirs - largest) * kScaleLog2E);
         const bool first = state.largest[m][h] == -float(kInfinity);
-        state.scale(m, h, first ? 0 : exp2_fast((state.largest[m][h] - largest) * scale));
+        state.scale(m, h, first ? 0 : exp2_fast((state.largest[m][h] - largest) * kScaleLog2E));
         state.largest[m][h] = largest;
         state.sum[m][2 * h] += get() * weight;
 #pragma unroll
@@ -185,6 +227,10 @@ __device__ __forceinline__ void merge_groups(RunningSoftmax<S::kTiles>& state, S
       }
     }
   }
+}
+
+__device__ __forceinline__ Rows queries_of(const AttentionInputs& in, int image) {
+  return rows_of(in.query_rect, nullptr, image, in.queries, in.padded_width);
 }
 
 // What is not computed: outputs of rows that are not real, and bits that nobody has drawn.
@@ -210,110 +256,15 @@ __device__ __forceinline__ void clear(const AttentionInputs& in, const Attention
   }
 }
 
-template <typename S, bool kDropout, typename element_t>
-__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
-    attention_kernel(const AttentionInputs in, const AttentionOutputs out) {
-  __shared__ __align__(128) Stage stages[S::kGroups * 2 * S::kStage];
-  const int image = blockIdx.z, head = blockIdx.y, block_first = blockIdx.x * S::kRows;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int group = warp / S::kQueryWarps, thread = threadIdx.x % S::kGroupThreads;
-  const int first = block_first + warp % S::kQueryWarps * S::kWarpRows;
-  const Rows queries = rows_of(in.query_rect, nullptr, image, in.queries, in.padded_width);
-  const Rows keys = rows_of(in.key_rect, in.key_count, image, in.keys, in.padded_width);
-  const int steps = (keys.count + S::kKeys - 1) / S::kKeys;
-
-  clear<S, kDropout, element_t>(in, out, queries, steps * S::kWords, image, head, block_first);
-  if (block_first >= queries.count) return;
-
-  uint32_t q[S::kTiles][kSlices][4];
-#pragma unroll
-  for (int m = 0; m < S::kTiles; ++m) {
-    read_rows(q[m], in.q, image, head, queries, first + 16 * m, lane);
-  }
-  const float scale = kLog2E * rsqrtf(float(kHeadDim));
-  const int problem = image * in.heads + head;
-  uint32_t* const keep =
-      kDropout ? out.keep + heads_first(image, head, 0, in.heads, in.queries, keep_words(in.keys))
-               : nullptr;
-  const uint64_t seed = kDropout ? uint64_t(*out.seed) : 0;
-
-  const int group_steps = (steps + S::kGroups - 1) / S::kGroups, begin = group * group_steps;
-  Stage* const own = stages + group * 2 * S::kStage;
-  TilePair<S::kGroupThreads> tiles(keys, begin * S::kKeys, in.k, in.v, image, head, thread);
-  if (group_steps > 0) tiles.template copy<S::kKeys>(own, own + S::kStage / 2);
-  commit_copies();
-  RunningSoftmax<S::kTiles> state;
-#pragma unroll 1
-  for (int i = 0; i < group_steps; ++i) {
-    const Stage* const k_tile = own + (i % 2) * S::kStage;
-    const Stage* const v_tile = k_tile + S::kStage / 2;
-    wait_for_copies<0>();
-    __syncthreads();  // all have this tile, and have read the one before
-    if (i + 1 < group_steps) {
-      Stage* const next = own + ((i + 1) % 2) * S::kStage;
-      tiles.template copy<S::kKeys>(next, next + S::kStage / 2);
-    }
-    commit_copies();
-    const int left = keys.count - (begin + i) * S::kKeys;
-    if (S::kGroups > 1 && left <= 0) continue;
-
-    float scores[S::kTiles][S::kKeys / 8][4];
-#pragma unroll
-    for (int n = 0; n < S::kKeys / 8; ++n) {
-      uint32_t k[4];
-      load_matrices(k, k_tile + columns_slot(lane) + n * 8 * kTileRow);
-#pragma unroll
-      for (int m = 0; m < S::kTiles; ++m) dot_products<element_t>(scores[m][n], q[m], k);
-    }
-    if (left < S::kKeys) {
-#pragma unroll
-      for (int n = 0; n < S::kKeys / 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const bool real = n * 8 + lane % 4 * 2 + e % 2 < left;
-#pragma unroll
-          for (int m = 0; m < S::kTiles; ++m) {
-            scores[m][n][e] = real ? scores[m][n][e] : -float(kInfinity);
-          }
-        }
-      }
-    }
-    uint32_t p[S::kTiles][S::kKeys / 16][4];
-    exponentials<element_t, S::kTiles, S::kKeys>(p, scores, state, scale);
-    // the sums are those of all weights, dropped or not, as rounded: a product with ones
-    const uint32_t ones = pack<element_t>(1, 1);
-#pragma unroll
-    for (int m = 0; m < S::kTiles; ++m) {
-#pragma unroll
-      for (int c = 0; c < S::kKeys / 16; ++c) {
-        multiply_add<element_t>(state.sum[m], p[m][c], ones, ones);
-      }
-    }
-    if constexpr (kDropout) {
-      drop<S>(p, keep, keep_words(in.keys), seed, problem, first, queries.count,
-              (begin + i) * S::kWords, in.kept, lane);
-    }
-#pragma unroll
-    for (int c = 0; c < S::kKeys / 16; ++c) {
-#pragma unroll
-      for (int slice = 0; slice < kSlices; ++slice) {
-        uint32_t v[4];
-        load_matrices_transposed(v, v_tile + rows_slot(lane, slice) + c * 16 * kTileRow);
-#pragma unroll
-        for (int m = 0; m < S::kTiles; ++m) add_rows<element_t>(state.out[m], p[m][c], v, slice);
-      }
-    }
-  }
-  wait_for_copies<0>();
-  if constexpr (S::kGroups > 1) {
-    merge_groups<S>(state, stages, scale, group, thread);
-    if (group > 0) return;
-  }
-
-  const float unkept = kDropout ? float(kKeepLevels) / float(in.kept) : 1;
+template <typename element_t, int kTiles>
+__device__ __forceinline__ void write(const AttentionInputs& in, const AttentionOutputs& out,
+                                      const RunningSoftmax<kTiles>& state, bool dropout, int image,
+                                      int head, int first, int lane) {
+  const Rows queries = queries_of(in, image);  // again: the main loop has no registers for them
+  const float unkept = dropout ? float(kKeepLevels) / float(in.kept) : 1;
   auto* const results = static_cast<element_t*>(out.out);
 #pragma unroll
-  for (int m = 0; m < S::kTiles; ++m) {
+  for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int number = first + 16 * m + 8 * h + lane / 4;
@@ -324,12 +275,99 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
       write_row(results + rows_first(image, position, head, in.queries, in.heads, kHeadDim),
                 state.out[m], h, factor, lane);
       if (lane % 4 == 0) {
-        const float largest = state.largest[m][h] * rsqrtf(float(kHeadDim));
+        const float largest = state.largest[m][h] * kScale;
         out.lse[heads_first(image, head, position, in.heads, in.queries, 1)] =
             sum == 0 ? -float(kInfinity) : largest + logf(sum);
       }
     }
   }
+}
+
+template <typename S, bool kDropout, typename element_t>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks)
+    attention_kernel(const AttentionInputs in, const AttentionOutputs out) {
+  __shared__ __align__(128) Stage stages[S::kGroups * S::kStages];
+  __shared__ RowSteps row_steps;
+  const int image = blockIdx.z, head = blockIdx.y, block_first = blockIdx.x * S::kRows;
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int group = S::kGroups > 1 ? warp / S::kQueryWarps : 0,
+            thread = threadIdx.x % S::kGroupThreads;
+  const int first = block_first + warp % S::kQueryWarps * S::kWarpRows;
+  const Rows keys = rows_of(in.key_rect, in.key_count, image, in.keys, in.padded_width);
+  const int steps = (keys.count + S::kKeys - 1) / S::kKeys;
+  const int group_steps = (steps + S::kGroups - 1) / S::kGroups, begin = group * group_steps;
+  const Rows queries = queries_of(in, image);
+  clear<S, kDropout, element_t>(in, out, queries, steps * S::kWords, image, head, block_first);
+  if (block_first >= queries.count) return;
+
+  uint32_t q[S::kTiles][kSlices][4];
+#pragma unroll
+  for (int m = 0; m < S::kTiles; ++m) {
+    read_rows(q[m], in.q, image, head, queries, first + 16 * m, lane);
+  }
+  std::conditional_t<kDropout, Dropout<S>, NoDropout> dropout(in, out, queries, image, head, first,
+                                                              begin * S::kWords, lane);
+  Stage* const own = stages + group * S::kStages;
+  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, image, head, thread);
+  if (threadIdx.x == 0) row_steps.set(keys, S::Tiles::kPassRows);
+  __syncthreads();
+  if (group_steps > 0) tiles.copy(own, row_steps);
+  commit_copies();
+  int k_slot = columns_slot(lane), v_slot = S::Tiles::kTile + rows_slot(lane);
+  // keys of the first group that are to come, and of how many more or less this one knows
+  int ahead = S::kGroups > 1 ? group_steps * S::kKeys : keys.count;
+  const int more = S::kGroups > 1 ? keys.count - (begin + group_steps) * S::kKeys : 0;
+  RunningSoftmax<S::kTiles> state;
+#pragma unroll 1
+  for (; ahead > 0; ahead -= S::kKeys) {
+    wait_for_copies<0>();
+    __syncthreads();  // all have this tile, and have read the one before
+    if (ahead > S::kKeys) tiles.copy(own, row_steps);
+    commit_copies();
+    const int left = ahead + more;
+    if (S::kGroups > 1 && left <= 0) continue;
+
+    // The tiles of a warp one after the other, though keys are read twice: the scores of both at a
+    // time need more registers than there are, and one's exponentials hide the other's products.
+    uint32_t p[S::kTiles][S::kKeys / 16][4];
+#pragma unroll
+    for (int m = 0; m < S::kTiles; ++m) {
+      float scores[S::kKeys / 8][4];
+#pragma unroll
+      for (int n = 0; n < S::kKeys / 8; ++n) {
+        uint32_t k[4];
+        load_matrices(k, own + k_slot + n * 8 * kTileRow);
+        dot_products<element_t>(scores[n], q[m], k);
+      }
+      if (left < S::kKeys) hide(scores, left, lane);
+      exponentials<element_t>(p[m], scores, state, m);
+      // the sums are those of all weights, dropped or not, as rounded: a product with ones
+#pragma unroll
+      for (int c = 0; c < S::kKeys / 16; ++c) {
+        multiply_add<element_t>(state.sum[m], p[m][c], kOnes<element_t>, kOnes<element_t>);
+      }
+    }
+    dropout.step(p, in);
+#pragma unroll
+    for (int c = 0; c < S::kKeys / 16; ++c) {
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice) {
+        uint32_t v[4];
+        load_matrices_transposed(v, own + (v_slot ^ slice * kSliceStep) + c * 16 * kTileRow);
+#pragma unroll
+        for (int m = 0; m < S::kTiles; ++m) add_rows<element_t>(state.out[m], p[m][c], v, slice);
+      }
+    }
+    k_slot ^= S::Tiles::kStage;
+    v_slot ^= S::Tiles::kStage;
+  }
+  wait_for_copies<0>();
+  if constexpr (S::kGroups > 1) {
+    merge_groups<S>(state, stages, group, thread);
+    if (group > 0) return;
+  }
+
+  write<element_t>(in, out, state, kDropout, image, head, first, lane);
 }
 
 template <typename S, bool kDropout, typename element_t>

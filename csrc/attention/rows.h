@@ -9,6 +9,7 @@
 namespace detr_fast {
 
 constexpr int kHeadDim = 32;
+constexpr float kScale = 0.176776695f;  // of scores, 1 / sqrt(kHeadDim)
 
 // The real rows of an image, numbered from 0 on: a rectangle at the upper left of a grid, or, with
 // the width of the grid its own, a run at the beginning.
@@ -19,6 +20,11 @@ struct Rows {
   // Of real row `number` in the padded sequence.
   DETR_FAST_HOST_DEVICE int position(int number) const {
     return number / width * padded_width + number % width;
+  }
+
+  // Positions of real rows are before this one, those of larger numbers are not.
+  DETR_FAST_HOST_DEVICE int end() const {
+    return width == padded_width ? count : count / width * padded_width;
   }
 
   DETR_FAST_HOST_DEVICE bool real(int position) const {
@@ -44,14 +50,16 @@ DETR_FAST_HOST_DEVICE Rows rows_of(const int32_t* rect, const int32_t* count, in
   return {count == nullptr ? length : between(0, count[image], length), all, all};
 }
 
-// A tensor (images, heads, rows, columns) whose columns are neighbours; steps are in elements.
+// A tensor (images, heads, rows, columns) of elements of two bytes whose columns are neighbours;
+// steps are in elements.
 struct HeadsInput {
   const void* data;
-  int64_t image_step, head_step, row_step;
+  int64_t image_step, head_step;
+  int row_step;
 };
 
 DETR_FAST_HOST_DEVICE int64_t offset(const HeadsInput& input, int image, int head, int row) {
-  return image * input.image_step + head * input.head_step + row * input.row_step;
+  return image * input.image_step + head * input.head_step + int64_t(row) * input.row_step;
 }
 
 // Of a contiguous tensor (images, rows, heads, columns).

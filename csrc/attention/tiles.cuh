@@ -10,12 +10,13 @@
 namespace detr_fast {
 
 constexpr float kLog2E = 1.44269504f;
-constexpr int kTileRow = 2 * kHeadDim;        // bytes
-constexpr int kChunk = 16;                    // bytes of a copy and of a row of a matrix
-constexpr int kChunks = kTileRow / kChunk;    // of a row
-constexpr int kSlices = kHeadDim / 16;        // products that a row's dot product takes
-constexpr int kColumnTiles = kHeadDim / 8;    // fragments b and d that the columns of a row take
-static_assert(kChunks == 4 && kSlices == 2);  // what the swizzle and the loads below count on
+constexpr float kScaleLog2E = kScale * kLog2E;  // 2^(this * product) = exp(score)
+constexpr int kTileRow = 2 * kHeadDim;          // bytes
+constexpr int kChunk = 16;                      // bytes of a copy and of a row of a matrix
+constexpr int kChunks = kTileRow / kChunk;      // of a row
+constexpr int kSlices = kHeadDim / 16;          // products that a row's dot product takes
+constexpr int kColumnTiles = kHeadDim / 8;      // fragments b and d that the columns of a row take
+static_assert(kChunks == 4 && kSlices == 2);    // what the swizzle and the loads below count on
 
 using Stage = unsigned char;  // shared memory, on a 128-byte boundary
 
@@ -24,80 +25,92 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kTileRow + ((chunk ^ (row / 2 % kChunks)) * kChunk);
 }
 
-// Walks through real rows in steps; divides once.
+// What a walk through real rows needs to know at each step. It is the same for all threads of a
+// block and stands in shared memory, as the main loops have no registers left.
+struct RowSteps {
+  int width, padding;      // of a row of the rectangle, and what follows it
+  int columns, positions;  // a step is so many columns further in the rectangle, or less a row
+  int end;                 // of the positions of real rows
+
+  __device__ __forceinline__ void set(const Rows& rows, int step) {
+    width = rows.width;
+    padding = rows.padded_width - rows.width;
+    columns = step % rows.width;
+    positions = rows.position(step);
+    end = rows.end();
+  }
+};
+
+// Walks through real rows; divides once.
 class RowWalk {
  public:
-  __device__ __forceinline__ RowWalk(const Rows& rows, int first, int step)
-      : number(first),
-        position(rows.position(first)),
-        column_(first % rows.width),
-        width_(rows.width),
-        padding_(rows.padded_width - rows.width),
-        step_(step),
-        columns_(step % rows.width),
-        positions_(rows.position(step)) {}
+  __device__ __forceinline__ RowWalk(const Rows& rows, int first)
+      : position_(rows.position(first)), column_(first % rows.width) {}
 
-  __device__ __forceinline__ void next() {
-    number += step_;
-    position += positions_;
-    column_ += columns_;
-    if (column_ >= width_) {
-      column_ -= width_;
-      position += padding_;
+  // In the padded sequence; at the end or beyond it there are no more rows.
+  __device__ __forceinline__ int position() const { return position_; }
+
+  __device__ __forceinline__ void next(const RowSteps& by) {
+    position_ += by.positions;
+    column_ += by.columns;
+    if (column_ >= by.width) {
+      column_ -= by.width;
+      position_ += by.padding;
     }
   }
 
-  int number, position;
-
  private:
-  int column_;
-  const int width_, padding_, step_, columns_, positions_;
+  int position_, column_;
 };
 
-// A head of an image of two sequences of the same rows, which go to shared memory tile by tile.
-template <int kThreads>
+// A head of an image of two sequences of the same rows, which go to shared memory tile by tile:
+// into two stages by turns, each a tile of the first sequence and one of the second.
+template <int kRows, int kThreads>
 class TilePair {
  public:
+  static constexpr int kTile = kRows * kTileRow;  // bytes
+  static constexpr int kStage = 2 * kTile;
+  static_assert((kStage & (kStage - 1)) == 0);  // offsets change stages by ^
+  // rows of a pass are eight or a multiple apart, so that each has the same swizzle
+  static constexpr int kPassRows = kThreads / kChunks;
+  static_assert(kPassRows % 8 == 0 && kRows % kPassRows == 0);
+
   // Begins at row `first`; `thread` counts the kThreads threads that copy.
   __device__ __forceinline__ TilePair(const Rows& rows, int first, const HeadsInput& a,
                                       const HeadsInput& b, int image, int head, int thread)
-      : walk_(rows, first + thread / kChunks, kThreads / kChunks),
-        count_(rows.count),
+      : walk_(rows, first + thread / kChunks),
         slot_(swizzled(thread / kChunks, thread % kChunks)),
-        a_(chunk_of(a, image, head, thread)),
-        b_(chunk_of(b, image, head, thread)),
-        a_step_(a.row_step * 2),
-        b_step_(b.row_step * 2) {}
+        a_(in_register(chunk_of(a, image, head, thread))),
+        b_(in_register(chunk_of(b, image, head, thread))),
+        a_step_(2 * a.row_step),
+        b_step_(2 * b.row_step) {}
 
-  // Starts to copy the next kRows rows, zeros behind the last; commits nothing.
-  template <int kRows>
-  __device__ __forceinline__ void copy(Stage* a_tile, Stage* b_tile) {
-    constexpr int kPasses = kRows * kChunks / kThreads;
-    static_assert(kPasses > 0 && kPasses * kThreads == kRows * kChunks);
+  // Starts to copy the next kRows rows, zeros behind the last; commits nothing. `shared` is set to
+  // steps of kPassRows rows.
+  __device__ __forceinline__ void copy(Stage* stages, const RowSteps& shared) {
+    const RowSteps steps = shared;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const bool real = walk_.number < count_;
-      const int64_t position = real ? walk_.position : 0;
-      const int slot = slot_ + pass * (kThreads / kChunks * kTileRow);
-      copy_16_async(a_tile + slot, a_ + position * a_step_, real);
-      copy_16_async(b_tile + slot, b_ + position * b_step_, real);
-      walk_.next();
+    for (int pass = 0; pass < kRows / kPassRows; ++pass) {
+      Stage* const to = stages + slot_ + pass * (kPassRows * kTileRow);
+      const bool real = walk_.position() < steps.end;
+      copy_16_async(to, a_ + int64_t(walk_.position()) * a_step_, real);
+      copy_16_async(to + kTile, b_ + int64_t(walk_.position()) * b_step_, real);
+      walk_.next(steps);
     }
+    slot_ ^= kStage;
   }
 
  private:
   static __device__ __forceinline__ const char* chunk_of(const HeadsInput& input, int image,
                                                          int head, int thread) {
-    return static_cast<const char*>(input.data) + offset(input, image, head, 0) * 2 +
+    return static_cast<const char*>(input.data) + 2 * offset(input, image, head, 0) +
            thread % kChunks * kChunk;
   }
 
-  // rows of a pass are eight or a multiple apart, so that each has the same swizzle
-  static_assert(kThreads / kChunks % 8 == 0);
   RowWalk walk_;
-  const int count_, slot_;
+  int slot_;
   const char *const a_, *const b_;
-  const int64_t a_step_, b_step_;
+  const int a_step_, b_step_;  // bytes from row to row
 };
 
 // Sixteen rows from global memory as fragments a of kSlices products, zeros where not real.
@@ -134,10 +147,9 @@ __device__ __forceinline__ void write_row(element_t* row, const float (&d)[kColu
 __device__ __forceinline__ int columns_slot(int lane) { return swizzled(lane % 8, lane / 8); }
 
 // The same of load_matrices_transposed in a tile whose rows are the rows of b: sixteen rows,
-// columns 16 `slice` on. Add 16 * kTileRow for the next sixteen.
-__device__ __forceinline__ int rows_slot(int lane, int slice) {
-  return swizzled(lane % 16, 2 * slice + lane / 16);
-}
+// columns 0 to 15. Add 16 * kTileRow for the next sixteen rows; ^ kSliceStep for columns 16 to 31.
+__device__ __forceinline__ int rows_slot(int lane) { return swizzled(lane % 16, lane / 16); }
+constexpr int kSliceStep = 2 * kChunk;
 
 // d (16 x 8) = a (16 rows) times the eight rows of a tile, transposed: dot products.
 template <typename element_t>

@@ -26,7 +26,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -36,7 +36,7 @@ __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32
 template <>
 __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                             uint32_t b0, uint32_t b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
@@ -94,6 +94,22 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high, ui
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(low), "r"(high), "r"(selector));
   return mask;
 }
+
+// The pointer, of which the compiler no longer knows where it comes from: it keeps it in registers
+// and does not compute it anew in a loop.
+template <typename T>
+__device__ __forceinline__ T* in_register(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
+// Two elements that are 1.
+template <typename element_t>
+constexpr uint32_t kOnes = 0;
+template <>
+constexpr uint32_t kOnes<__half> = 0x3c003c00;
+template <>
+constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
 
 // Two floats as elements, rounded to the nearest, the first one in the lower half.
 template <typename element_t>

@@ -127,6 +127,18 @@ inline uint32_t spread_signs(uint32_t low, uint32_t high, uint32_t selector) {
   return mask;
 }
 
+template <typename T>
+T* in_register(T* pointer) {
+  return pointer;
+}
+
+template <typename element_t>
+constexpr uint32_t kOnes = 0;
+template <>
+constexpr uint32_t kOnes<__half> = 0x3c003c00;
+template <>
+constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
+
 template <typename element_t>
 uint32_t pack(float first, float second) {
   const element_t both[2] = {element_t(first), element_t(second)};
