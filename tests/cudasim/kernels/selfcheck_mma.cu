@@ -108,7 +108,7 @@ SELFCHECK(copy_past_input) {
 
 SELFCHECK(copy_past_shared) {
   DETR_FAST_DYNAMIC_SHARED(int4, rows);
-  detr_fast::copy_16_async(rows + threadIdx.x + 1, values, true);  // FAULT
+  detr_fast::copy_16_async(rows + 64, values, true);  // FAULT
   out[threadIdx.x] = 0;
 }
 
