@@ -159,3 +159,31 @@ def test_scores_take_few_instructions(kernels):
         for loop in loops.values()
         for dropout in (False, True)
     }
+
+
+# a main loop of the form that nvcc emits, with a last step that is masked
+LOOP = """\t.section\t.text.k,"ax",@progbits
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0020*/              @!P0 BRA `(.L_x_1) ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], desc[UR4][R2.64] ;
+        /*0040*/               @P1 FMUL.FTZ R4, R4, R5 ;
+.L_x_1:
+        /*0050*/              @!P2 BRA `(.L_x_2) ;
+        /*0060*/                   FSEL R4, R4, -INF, P3 ;
+        /*0070*/                   FSEL R5, R5, -INF, P3 ;
+        /*0080*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0090*/                   FADD R4, R4, R4 ;
+.L_x_3:
+        /*00a0*/               @P4 BRA `(.L_x_0) ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_step_computes_and_copies_but_masks_nothing():
+    code = parsed(LOOP)["k"]
+    ((start, end),) = code.loops()
+    assert (start, end) == (1, 10)
+    assert code.step(start, end) == {"HMMA": 1, "LDGSTS": 1, "FMUL": 1, "FADD": 1, "BRA": 3}
