@@ -115,7 +115,8 @@ def compile_all(
 ) -> list[Path]:
     """Compile every source to an object."""
     headers = sorted([*csrc.rglob("*.h"), *csrc.rglob("*.cuh")])
-    headers += sorted([*HERE.glob("*.h"), *HERE.glob("common/*.h"), *HERE.glob("runtime/*.h")])
+    own = ("*.h", "common/*.h", "common/*.cuh", "runtime/*.h")
+    headers += sorted(path for pattern in own for path in HERE.glob(pattern))
 
     def compile_one(source: Path) -> Path:
         if source.suffix == ".cu":

@@ -68,6 +68,32 @@ def packed() -> np.ndarray:
     return torch.cat(columns, 1).contiguous().numpy()
 
 
+def halves_and_brains(shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The same numbers as bits of halves, some of them subnormal, and of bfloat16 numbers."""
+    wide = torch.from_numpy(RANDOM.standard_normal(shape).astype(np.float32))
+    wide[..., 3, :] *= 2.0**-18
+    return tuple(wide.to(t).view(torch.int16).numpy() for t in (torch.half, torch.bfloat16))
+
+
+def summands(shape: tuple[int, ...]) -> np.ndarray:
+    values = RANDOM.standard_normal(shape).astype(np.float32)
+    values[:, 3] = 0  # so that the products of subnormal numbers can be seen
+    return values
+
+
+def exponents() -> np.ndarray:
+    values = RANDOM.uniform(-20, 20, 64).astype(np.float32)
+    values[:8] = 0, -0.0, 1, -126, -126.5, -np.inf, np.inf, 128
+    return values
+
+
+def pairs_to_pack() -> np.ndarray:
+    values = RANDOM.standard_normal((64, 2)).astype(np.float32)
+    halfway = 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8  # to even
+    values[:3] = halfway[:2], halfway[2:], (np.inf, -1e30)
+    return values
+
+
 # A new case goes to the end: RANDOM gives the others what golden files were written with.
 WORDS = RANDOM.permutation(64).astype(np.int32)  # contains 40 and 63, so votes differ
 CASES = {
@@ -113,6 +139,21 @@ CASES = {
         tolerance=dict.fromkeys((0, 1, 2, 10), APPROXIMATE),  # exp, log, divide, rsqrt
     ),
     "narrow_floats": Case((packed(),), rows(6, np.float32)),
+    "matrix_products": Case(
+        (*halves_and_brains((2, 24, 16)), summands((2, 16, 8))),
+        (np.zeros((2, 2 * 16 * 8), np.float32),),
+        tolerance=dict.fromkeys((0, 1), (1e-5, 1e-5)),  # sums of 16 products in any order
+    ),
+    "matrix_loads": Case((RANDOM.permutation(1024).astype(np.int16),), rows(8, np.uint32)),
+    "asynchronous_copies": Case(
+        (RANDOM.integers(0, 2**32, (128, 4), dtype=np.uint32),), rows(5, np.uint32)
+    ),
+    "powers_of_two": Case(
+        (exponents(),),
+        rows(1, np.float32),
+        tolerance={0: (2.0**-22, 0)},  # 2 ulp
+    ),
+    "packed_values": Case((pairs_to_pack(),), rows(5, np.uint32)),
 }
 for case in CASES.values():
     for array in case.inputs:

@@ -198,5 +198,64 @@ def test_narrow_floats(launch):
     np.testing.assert_array_equal(got, torch.cat([r.float() for r in rounded], 1).T)
 
 
+def numbers(bits, kind):
+    """Bits of halves or bfloat16 numbers as float64."""
+    return torch.from_numpy(bits.copy()).view(kind).double().numpy()
+
+
+def test_matrix_products(launch):
+    halves, brains, c = CASES["matrix_products"].inputs
+    got = filled(launch, "matrix_products").reshape(2, 2, 16, 8)
+    for bits, kind, products in (
+        (halves, torch.half, got[0]),
+        (brains, torch.bfloat16, got[1]),
+    ):
+        factors = numbers(bits, kind).reshape(2, 384)
+        a, b = factors[:, :256].reshape(2, 16, 16), factors[:, 256:].reshape(2, 16, 8)
+        rounding = (np.abs(a) @ np.abs(b) + np.abs(c)) * 2.0**-20
+        assert (np.abs(products - (a @ b + c)) <= rounding).all()
+
+
+def test_matrix_loads(launch):
+    (elements,) = CASES["matrix_loads"].inputs
+    got = filled(launch, "matrix_loads").reshape(2, 4, 2, 32)  # which, register, warp, lane
+    matrices = elements.reshape(2, 4, 2, 8, 8)  # warp, register, which, row, column
+    got = np.ascontiguousarray(got.transpose(2, 1, 0, 3)).view(np.int16).reshape(2, 4, 2, 8, 8)
+    np.testing.assert_array_equal(got[:, :, 0], matrices[:, :, 1])
+    np.testing.assert_array_equal(got[:, :, 1], matrices[:, :, 0].swapaxes(2, 3))
+
+
+def test_asynchronous_copies(launch):
+    (values,) = CASES["asynchronous_copies"].inputs
+    first, second = values[:64], np.where(RANK[:, None] % 2 == 0, values[64:], 0)
+    expected = [first[:, 0], first[:, 1], second[:, 2], first[RANK ^ 33, 3], second[RANK ^ 33, 0]]
+    np.testing.assert_array_equal(filled(launch, "asynchronous_copies"), expected)
+
+
+def test_powers_of_two(launch):
+    (values,) = CASES["powers_of_two"].inputs
+    expected = 2 ** values.astype(np.float64)
+    expected[expected < 2.0**-126] = 0
+    expected[expected >= 2.0**128] = np.inf
+    np.testing.assert_allclose(filled(launch, "powers_of_two")[0], expected, rtol=2.0**-22)
+
+
+def test_packed_values(launch):
+    (values,) = CASES["packed_values"].inputs
+    halves, brains, *masks = filled(launch, "packed_values")
+    for bits, kind in ((halves, torch.half), (brains, torch.bfloat16)):
+        rounded = torch.from_numpy(values.copy()).to(kind).view(torch.int32)[:, 0]
+        np.testing.assert_array_equal(bits.view(np.int32), rounded)
+    signs = values.view(np.int8) < 0  # of eight bytes
+    chosen = [
+        np.tile([0, 1, 2, 3], (64, 1)),
+        np.tile([5, 6, 7, 4], (64, 1)),
+        np.stack([0 * RANK, RANK % 8, 0 * RANK, 0 * RANK], axis=1),
+    ]
+    expected = [np.take_along_axis(signs, bytes_of, axis=1) for bytes_of in chosen]
+    spread = np.where(expected, np.uint8(255), np.uint8(0)).view(np.uint32)[..., 0]
+    np.testing.assert_array_equal(masks, spread)
+
+
 def test_every_kernel_has_a_case():
     assert {*CASES} == {*re.findall(r"CUDASIM_TEST_KERNEL\((\w+)\)", SOURCE.read_text())}

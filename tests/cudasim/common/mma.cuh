@@ -1,128 +1,61 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for csrc/common/mma.cuh: tensor cores and asynchronous copies on the CPU, with the
-// fragments of the PTX ISA. Products are exact in float, sums are float in the order of k.
+// Stands in for csrc/common/mma.cuh: tensor cores and asynchronous copies of the simulator.
 #pragma once
 
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "common/cuda.h"
+#include "runtime/copies.h"
+#include "runtime/matrices.h"
 
-namespace cudasim {
-
-template <typename element_t>
-CUDASIM_UNCHECKED float element_of(uint32_t pair, int half) {
-  const uint16_t bits = uint16_t(half ? pair >> 16 : pair);
-  element_t element;
-  std::memcpy(&element, &bits, sizeof bits);
-  return float(element);
-}
-
-struct MmaInput {
-  float d[4];
-  uint32_t a[4], b[2];
-};
-
-struct MmaOutput {
-  float d[4];
-};
-
-template <typename element_t>
-CUDASIM_UNCHECKED void combine_mma(Lanes& lanes) {
-  float a[16][16], b[16][8];
-  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-    const auto& in = input_of<MmaInput>(lanes, lane);
-    const int group = int(lane) / 4, pair = int(lane) % 4 * 2;
-    for (int i = 0; i < 8; ++i) {
-      a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] =
-          element_of<element_t>(in.a[i / 2], i % 2);
-    }
-    for (int i = 0; i < 4; ++i) {
-      b[pair + i % 2 + i / 2 * 8][group] = element_of<element_t>(in.b[i / 2], i % 2);
-    }
-  }
-  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-    const int group = int(lane) / 4, pair = int(lane) % 4 * 2;
-    for (int i = 0; i < 4; ++i) {
-      const int row = group + i / 2 * 8, column = pair + i % 2;
-      float sum = 0;
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      output_of<MmaOutput>(lanes, lane).d[i] = input_of<MmaInput>(lanes, lane).d[i] + sum;
-    }
-  }
-}
-
-template <bool kTransposed>
-CUDASIM_UNCHECKED void combine_load_matrices(Lanes& lanes) {
-  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint32_t pair = 0;
-      for (int half = 0; half < 2; ++half) {
-        const int first = int(lane) / 4, second = int(lane) % 4 * 2 + half;
-        const int row = kTransposed ? second : first, column = kTransposed ? first : second;
-        uint16_t element;
-        const auto* const from = input_of<const char*>(lanes, unsigned(matrix * 8 + row));
-        std::memcpy(&element, from + column * 2, sizeof element);
-        pair |= uint32_t(element) << (16 * half);
-      }
-      output_of<uint32_t[4]>(lanes, lane)[matrix] = pair;
-    }
-  }
-}
-
-}  // namespace cudasim
+// Calls, never inlined: their return address is the line of the kernel.
+#define CUDASIM_CALL inline CUDASIM_UNCHECKED __attribute__((noinline))
 
 namespace detr_fast {
 
 template <typename element_t>
 CUDASIM_UNCHECKED void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     CUDASIM_CALLER) {
-  ::cudasim::MmaInput in;
-  ::cudasim::MmaOutput out;
-  std::memcpy(in.d, d, sizeof d);
-  std::memcpy(in.a, a, sizeof a);
-  in.b[0] = b0;
-  in.b[1] = b1;
-  ::cudasim::warp_collective("mma", ~0u, &in, &out, ::cudasim::combine_mma<element_t>, false,
-                             caller);
-  std::memcpy(d, out.d, sizeof d);
+  using ::cudasim::MatrixElement;
+  constexpr MatrixElement kElement =
+      std::is_same_v<element_t, __half> ? MatrixElement::kHalf : MatrixElement::kBFloat16;
+  ::cudasim::multiply_add(d, a, b0, b1, kElement, caller);
 }
 
-template <bool kTransposed>
-CUDASIM_UNCHECKED void simulated_load_matrices(uint32_t (&r)[4], const void* row,
-                                               ::cudasim::Location caller) {
-  if (reinterpret_cast<uintptr_t>(row) % 16)
-    ::cudasim::fail("ldmatrix: row is not on 16 bytes", caller);
-  const char* const in = static_cast<const char*>(row);
-  uint32_t out[4];
-  ::cudasim::warp_collective("ldmatrix", ~0u, &in, &out,
-                             ::cudasim::combine_load_matrices<kTransposed>, false, caller);
-  std::memcpy(r, out, sizeof r);
+CUDASIM_CALL void load_matrices(uint32_t (&r)[4], const void* row, CUDASIM_CALLER) {
+  ::cudasim::load_matrices(r, row, false, caller, __builtin_return_address(0));
 }
 
-inline void load_matrices(uint32_t (&r)[4], const void* row, CUDASIM_CALLER) {
-  simulated_load_matrices<false>(r, row, caller);
-}
-inline void load_matrices_transposed(uint32_t (&r)[4], const void* row, CUDASIM_CALLER) {
-  simulated_load_matrices<true>(r, row, caller);
+CUDASIM_CALL void load_matrices_transposed(uint32_t (&r)[4], const void* row, CUDASIM_CALLER) {
+  ::cudasim::load_matrices(r, row, true, caller, __builtin_return_address(0));
 }
 
-inline void copy_16_async(void* shared, const void* global, bool real) {
-  float4 value = {};
-  if (real) value = *static_cast<const float4*>(global);
-  *static_cast<float4*>(shared) = value;
+CUDASIM_CALL void copy_16_async(void* shared, const void* global, bool real) {
+  ::cudasim::start_copy(shared, global, 16, real, __builtin_return_address(0));
 }
-inline void commit_copies() {}
+
+inline void commit_copies() { ::cudasim::commit_copies(); }
+
 template <int kPending>
-void wait_for_copies() {}
+void wait_for_copies() {
+  ::cudasim::wait_for_copies(kPending);
+}
 
-inline float exp2_fast(float x) { return std::exp2(x); }
+CUDASIM_UNCHECKED inline float exp2_fast(float x) {
+  const float y = std::exp2(x);
+  return y < std::numeric_limits<float>::min() ? 0 : y;
+}
 
-inline uint32_t spread_signs(uint32_t low, uint32_t high, uint32_t selector) {
+// prmt: a nibble selects one of eight bytes or, with its highest bit, the sign of one.
+CUDASIM_UNCHECKED inline uint32_t spread_signs(uint32_t low, uint32_t high, uint32_t selector) {
   const uint64_t bytes = uint64_t(high) << 32 | low;
   uint32_t mask = 0;
   for (int i = 0; i < 4; ++i) {
-    const uint32_t byte = selector >> (4 * i) & 7;
-    if (bytes >> (8 * byte + 7) & 1) mask |= 0xffu << (8 * i);
+    const uint32_t nibble = selector >> (4 * i) & 15;
+    const uint32_t byte = uint32_t(bytes >> (8 * (nibble & 7))) & 0xff;
+    mask |= (nibble < 8 ? byte : byte >> 7 ? 0xffu : 0u) << (8 * i);
   }
   return mask;
 }
@@ -140,7 +73,7 @@ template <>
 constexpr uint32_t kOnes<__nv_bfloat16> = 0x3f803f80;
 
 template <typename element_t>
-uint32_t pack(float first, float second) {
+CUDASIM_UNCHECKED uint32_t pack(float first, float second) {
   const element_t both[2] = {element_t(first), element_t(second)};
   uint32_t bits;
   std::memcpy(&bits, both, sizeof bits);
@@ -148,3 +81,5 @@ uint32_t pack(float first, float second) {
 }
 
 }  // namespace detr_fast
+
+#undef CUDASIM_CALL

@@ -4,6 +4,7 @@
 //
 // Every kernel writes `out` row by row: row k, column t is what thread t got from function k.
 #include "common/cuda.h"
+#include "common/mma.cuh"
 #include "common/warp.cuh"
 #include "test_kernels.h"
 
@@ -209,6 +210,102 @@ extern "C" __global__ void narrow_floats(const float4* packed, float* out) {
   rows.put(__bfloat162float(__float2bfloat16(loaded.w)));
 }
 
+// 64 threads, compute capability 8.0 and later as all below. A warp of its own matrices: a (16,
+// 16), b (16, 8), c (16, 8), each row by row. `out`: a * b + c of halves, then of bfloat16 numbers.
+namespace {
+
+template <typename element_t>
+__device__ __forceinline__ void multiply_matrices(const element_t* a, const element_t* b,
+                                                  const float* c, float* out) {
+  const int group = threadIdx.x % kWarpSize / 4, pair = threadIdx.x % 4 * 2;
+  const auto bits = [](element_t first, element_t second) {
+    const element_t both[] = {first, second};
+    uint32_t word;
+    memcpy(&word, both, sizeof word);
+    return word;
+  };
+  const auto pair_of_a = [&](int row, int column) {
+    return bits(a[row * 16 + column], a[row * 16 + column + 1]);
+  };
+  const auto pair_of_b = [&](int row, int column) {
+    return bits(b[row * 8 + column], b[(row + 1) * 8 + column]);
+  };
+  const uint32_t fragment[4] = {pair_of_a(group, pair), pair_of_a(group + 8, pair),
+                                pair_of_a(group, pair + 8), pair_of_a(group + 8, pair + 8)};
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = c[(group + i / 2 * 8) * 8 + pair + i % 2];
+  detr_fast::multiply_add<element_t>(d, fragment, pair_of_b(pair, group),
+                                     pair_of_b(pair + 8, group));
+  for (int i = 0; i < 4; ++i) out[(group + i / 2 * 8) * 8 + pair + i % 2] = d[i];
+}
+
+}  // namespace
+
+extern "C" __global__ void matrix_products(const __half* halves, const __nv_bfloat16* brains,
+                                           const float* c, float* out) {
+  const int warp = threadIdx.x / kWarpSize;
+  halves += warp * 384;
+  brains += warp * 384;
+  c += warp * 128;
+  out += warp * 128;
+  multiply_matrices(halves, halves + 256, c, out);
+  multiply_matrices(brains, brains + 256, c, out + 256);
+}
+
+// 64 threads. A warp loads four of its eight 8 x 8 matrices, which lie row by row one after the
+// other: the odd ones as they are, the even ones transposed. Row k of `out`: register k.
+extern "C" __global__ void matrix_loads(const uint4* matrices, unsigned* out) {
+  __shared__ uint4 staged[2 * 8 * 8];
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  staged[threadIdx.x] = matrices[threadIdx.x];
+  staged[64 + threadIdx.x] = matrices[64 + threadIdx.x];
+  __syncthreads();
+  const uint4* const row = staged + 64 * warp + lane / 8 * 16 + lane % 8;
+  uint32_t plain[4], transposed[4];
+  detr_fast::load_matrices(plain, row + 8);
+  detr_fast::load_matrices_transposed(transposed, row);
+  Rows<unsigned> rows{out};
+  for (const uint32_t word : plain) rows.put(word);
+  for (const uint32_t word : transposed) rows.put(word);
+}
+
+// 64 threads. Groups of copies by everyone, the second of every other thread is of zeros. Rows: the
+// first word of the first, as soon as it must be there, of both, and of both of the neighbour.
+extern "C" __global__ void asynchronous_copies(const uint4* values, unsigned* out) {
+  __shared__ uint4 first[64], second[64];
+  const int t = threadIdx.x;
+  detr_fast::copy_16_async(first + t, values + t, true);
+  detr_fast::commit_copies();
+  detr_fast::copy_16_async(second + t, values + 64 + t, t % 2 == 0);
+  detr_fast::commit_copies();
+  Rows<unsigned> rows{out};
+  detr_fast::wait_for_copies<1>();
+  rows.put(first[t].x);
+  detr_fast::wait_for_copies<0>();
+  rows.put(first[t].y);
+  rows.put(second[t].z);
+  __syncthreads();
+  rows.put(first[t ^ 33].w);
+  rows.put(second[t ^ 33].x);
+}
+
+// 64 threads
+extern "C" __global__ void powers_of_two(const float* values, float* out) {
+  out[threadIdx.x] = detr_fast::exp2_fast(values[threadIdx.x]);
+}
+
+// 64 threads; two words each
+extern "C" __global__ void packed_values(const float2* values, unsigned* out) {
+  const float2 value = values[threadIdx.x];
+  Rows<unsigned> rows{out};
+  rows.put(detr_fast::pack<__half>(value.x, value.y));
+  rows.put(detr_fast::pack<__nv_bfloat16>(value.x, value.y));
+  const uint32_t low = unsigned(__float_as_int(value.x)), high = unsigned(__float_as_int(value.y));
+  rows.put(detr_fast::spread_signs(low, high, 0xba98));
+  rows.put(detr_fast::spread_signs(low, high, 0xcfed));
+  rows.put(detr_fast::spread_signs(low, high, 0x8888 | (threadIdx.x % 8) << 4));
+}
+
 CUDASIM_TEST_KERNEL(shuffles)
 CUDASIM_TEST_KERNEL(shuffles_of_doubles)
 CUDASIM_TEST_KERNEL(votes)
@@ -223,3 +320,8 @@ CUDASIM_TEST_KERNEL(built_in_variables)
 CUDASIM_TEST_KERNEL(integer_functions)
 CUDASIM_TEST_KERNEL(float_functions)
 CUDASIM_TEST_KERNEL(narrow_floats)
+CUDASIM_TEST_KERNEL(matrix_products)
+CUDASIM_TEST_KERNEL(matrix_loads)
+CUDASIM_TEST_KERNEL(asynchronous_copies)
+CUDASIM_TEST_KERNEL(powers_of_two)
+CUDASIM_TEST_KERNEL(packed_values)

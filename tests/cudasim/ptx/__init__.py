@@ -5,7 +5,7 @@ The simulator next door runs what g++ makes of a kernel; this runs what nvcc mak
 assembly, ``#ifdef __CUDACC__`` and the compiler's own work.  An instruction that it does not know
 raises NotImplementedError with its text.
 
-Not modelled: memory order, flushing of subnormal numbers, the GPU's approximations.
+Not modelled: memory order, races with asynchronous copies, the GPU's approximations.
 """
 
 from itertools import product

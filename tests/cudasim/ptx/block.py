@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests.cudasim.ptx.copies import Copies
 from tests.cudasim.ptx.memory import Memory, PtxError
 from tests.cudasim.ptx.program import Address, Instruction, Kernel, Operand
 
 WARP = 32
+WHOLE_WARP = ("mma", "ldmatrix")  # instructions without a mask
 SHARED_WINDOW = 1 << 60  # where generic addresses find shared memory, beyond any of the host
 TYPES = {
     "pred": np.bool_,
@@ -65,6 +67,7 @@ class Block:
         self.symbols = {name: at for place in places for name, at in place.items()}
         self.at = np.zeros(count, np.int64)  # program counters
         self.waits, self.done = np.zeros((2, count), bool)
+        self.copies = Copies(count)
 
     # ---- operands
 
@@ -159,6 +162,8 @@ class Block:
         if name[0] == "bra":
             self.at[lanes] = self.kernel.labels[operands[0]]
         elif name[0] == "ret":
+            if self.copies.of(lanes):
+                raise PtxError("exit with copies that were not waited for")
             self.done[lanes] = True
         elif name[0] in ("bar", "barrier") and name[1] != "warp":
             self._wait(at, lanes)
@@ -181,7 +186,10 @@ class Block:
     def _complete_warps(self, instruction: Instruction, at: int) -> np.ndarray:
         """Threads at `instruction` whose masks wait for nobody any more."""
         here = np.flatnonzero(self.waits & (self.at == at))
-        mask = instruction.operands[0 if instruction.name[0] == "bar" else -1]
+        if instruction.name[0] in WHOLE_WARP:
+            mask = "0xFFFFFFFF"
+        else:
+            mask = instruction.operands[0 if instruction.name[0] == "bar" else -1]
         needed = self.value(mask, "u32", here)
         arrived = np.zeros(-(-self.count // WARP), np.uint32)
         gone = np.full_like(arrived, 0xFFFFFFFF)

@@ -6,6 +6,7 @@
 
 import numpy as np
 
+from tests.cudasim.ptx import matrices
 from tests.cudasim.ptx.block import WARP, Block, lane_bits
 from tests.cudasim.ptx.memory import PtxError
 from tests.cudasim.ptx.program import Instruction
@@ -85,4 +86,6 @@ MEET = {
     "vote": vote,
     "redux": reduce,
     "match": match,
+    "mma": matrices.multiply,
+    "ldmatrix": matrices.load,
 }

@@ -94,7 +94,15 @@ def arithmetic(block: Block, instruction: Instruction, lanes: np.ndarray) -> Non
         if name[1] == "hi":
             values = [(values[0] * values[1] >> wide.type(int(kind[1:]))).astype(TYPES[kind])]
             function = operator.pos
-    block.put(target, function(*values), lanes)
+    if "ftz" in name:
+        block.put(target, flushed(function(*map(flushed, values))), lanes)
+    else:
+        block.put(target, function(*values), lanes)
+
+
+def flushed(value: np.ndarray) -> np.ndarray:
+    """Subnormal numbers become 0 of their sign."""
+    return np.where(np.abs(value) < np.finfo(value.dtype).tiny, value * 0, value)
 
 
 def shift(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
@@ -147,8 +155,13 @@ def select(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
 
 
 def convert(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    _, name, (target, source), _ = instruction
+    _, name, (target, *sources), _ = instruction
     to, kind = name[-2:]
+    if to in ("f16x2", "bf16x2"):  # the first source becomes the upper half
+        upper, lower = (to_half(block.value(s, kind, lanes), to[:-2]) for s in sources)
+        block.put(target, upper.astype(np.uint32) << np.uint32(16) | lower, lanes)
+        return
+    (source,) = sources
     if kind in ("f16", "bf16"):
         value = from_half(block.value(source, "b16", lanes), kind)
     else:
@@ -244,6 +257,43 @@ def convert_address(block: Block, instruction: Instruction, lanes: np.ndarray) -
     block.put(target, address - window if "to" in name else address + window, lanes)
 
 
+def permute_bytes(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """prmt.b32 d, a, b, c: a nibble of c selects one of 8 bytes, or but its sign."""
+    _, name, (target, *operands), where = instruction
+    if len(name) > 2:
+        raise NotImplementedError(where)
+    low, high, selector = (block.value(operand, "u32", lanes) for operand in operands)
+    octets = np.stack([low, high], axis=1).view(np.uint8)
+    nibbles = selector[:, None] >> np.arange(0, 16, 4, np.uint32)
+    chosen = np.take_along_axis(octets, (nibbles & 7).astype(np.int64), axis=1)
+    signs = (chosen.view(np.int8) >> 7).view(np.uint8)
+    octets = np.ascontiguousarray(np.where(nibbles & 8, signs, chosen))
+    block.put(target, octets.view(np.uint32)[:, 0], lanes)
+
+
+def copy_async(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """cp.async: what is to come cannot be read before the thread has waited for it."""
+    _, name, operands, where = instruction
+    if name[2] == "commit_group":
+        block.copies.commit(lanes)
+    elif name[2] == "wait_group":
+        for target, data in block.copies.land(lanes, int(operands[0])):
+            block.shared.write(target, data)
+    elif name[2] in ("ca", "cg") and len(operands) == 4:
+        target, source, size, read = operands
+        data = np.zeros((len(lanes), int(size)), np.uint8)
+        read = block.value(read, "u32", lanes)
+        if not np.isin(read, (0, int(size))).all():
+            raise NotImplementedError(where)
+        full = read > 0
+        data[full] = block.load(("global",), source, int(size), lanes[full])
+        address = block.address(target, lanes)
+        block.shared.write(address, np.full_like(data, 0xFF))
+        block.copies.start(lanes, address, data)
+    else:
+        raise NotImplementedError(where)
+
+
 BITS = {
     "popc": lambda x, name: x.bit_count(),
     "clz": lambda x, name: int(name[-1][1:]) - x.bit_length(),
@@ -276,4 +326,6 @@ EXECUTE = {
     "ld": load,
     "st": store,
     "bfi": insert_bits,
+    "prmt": permute_bytes,
+    "cp": copy_async,
 }

@@ -15,9 +15,9 @@ STATEMENT = re.compile(
     r"\s*(?:\.loc\s+(?P<file>\d+)\s+(?P<line>\d+)[^\n]*|(?P<scope>[{}])|(?P<label>[$\w]+):"
     r"|(?P<text>[^;]+);)"
 )
-ARRAY = re.compile(
-    r"\.(?P<space>const|global|shared|local)\s+\.align\s+(?P<align>\d+)\s+\.b8\s+(?P<name>[\w$]+)"
-    r"\[(?P<size>\d*)\](?:\s*=\s*\{(?P<bytes>[^}]*)\})?"
+ARRAY = re.compile(  # or a single variable
+    r"\.(?P<space>const|global|shared|local)\s+\.align\s+(?P<align>\d+)\s+\.[bsuf](?P<bits>\d+)\s+"
+    r"(?P<name>[\w$]+)(?:\[(?P<count>\d*)\])?(?:\s*=\s*\{(?P<bytes>[^}]*)\})?"
 )
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+(\w+)(?:\[(\d+)\])?")
 OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+")
@@ -64,6 +64,12 @@ def split_operands(text: str) -> tuple[Operand, ...]:
     return tuple(operands)
 
 
+def bytes_of(array: re.Match) -> int:
+    """0 of dynamic shared memory, whose length a launch gives."""
+    count = 1 if array["count"] is None else int(array["count"] or 0)
+    return count * int(array["bits"]) // 8
+
+
 def round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
@@ -77,7 +83,7 @@ class Layout:
 
     def add(self, array: re.Match) -> None:
         self.symbols[array["name"]] = self.size = round_up(self.size, int(array["align"]))
-        self.size += int(array["size"] or 0)
+        self.size += bytes_of(array)
 
 
 class Kernel:
@@ -168,7 +174,7 @@ class Module:
         self.shared = [array for array in arrays if array["space"] == "shared"]
         for array in arrays:
             if array["space"] in ("const", "global"):
-                data = np.zeros(int(array["size"]), np.uint8)
+                data = np.zeros(bytes_of(array), np.uint8)
                 values = [int(value) for value in (array["bytes"] or "").split(",") if value]
                 data[: len(values)] = values
                 self.symbols[array["name"]] = self.memory.add(data, array["name"], writable=False)

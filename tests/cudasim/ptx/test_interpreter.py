@@ -92,6 +92,14 @@ INTEGER = {
         lambda x, y: y << 8 | x.view(np.uint32).astype(np.int64) >> 24
     ),
     "shf.r.wrap.b32 %r2, %r0, %r1, 8": lambda x, y: x.view(np.uint32) >> 8 | y << 24,
+    "prmt.b32 %r2, %r0, %r1, 0x5140": (  # bytes 0 and 1 of both, in turns
+        lambda x, y: x & 255 | (y & 255) << 8 | (x >> 8 & 255) << 16 | (y >> 8) << 24
+    ),
+    "prmt.b32 %r2, %r0, %r1, 0xf83b": (  # signs, but for the third, which is byte 3 itself
+        lambda x, y: (
+            x >> 31 & 255 | (x >> 24 & 255) << 8 | (x << 24 >> 31 & 255) << 16 | y >> 31 << 24
+        )
+    ),
     "mov.u32 %r2, WARP_SZ": lambda x, y: x * 0 + 32,
     "cvt.s64.s32 %l0, %r0; popc.b64 %r2, %l0": lambda x, y: [
         f"{int(v) % 2**64:b}".count("1") for v in x
@@ -109,6 +117,10 @@ INTEGER = {
     ".shared .align 4 .b8 cells[128]; mov.u64 %a3, cells; mad.wide.u32 %a3, %r3, 4, %a3;"
     "cvta.shared.u64 %l0, %a3; st.b32 [%l0], %r0; cvta.to.shared.u64 %a3, %l0;"
     "ld.shared.b32 %r2, [%a3]": lambda x, y: x,
+    ".shared .align 4 .b8 pad[4]; .shared .align 4 .u32 cell; setp.eq.u32 %p0, %r3, 9;"
+    "@%p0 st.shared.u32 [cell], %r0; bar.sync 0; ld.shared.u32 %r2, [cell]": (
+        lambda x, y: x[TID * 0 + 9]
+    ),
     "mov.b64 %l0, {%r0, %r1}; mov.b64 {%r3, %r2}, %l0": lambda x, y: y,
     "{ .reg .b32 %r2; mov.u32 %r2, 5; add.s32 %r0, %r0, %r2; } mov.u32 %r2, %r0": (
         lambda x, y: x + 5
@@ -129,6 +141,15 @@ FLOAT = {
     "rsqrt.approx.f32 %f2, %f0": lambda x, y: x.astype(np.float64) ** -0.5,
     "ex2.approx.f32 %f2, %f0": lambda x, y: 2 ** x.astype(np.float64),
     "lg2.approx.f32 %f2, %f0": lambda x, y: np.log2(x.astype(np.float64)),
+    "ex2.approx.ftz.f32 %f2, %f0": lambda x, y: 2 ** x.astype(np.float64),
+    "mul.ftz.f32 %f2, %f0, 0f00000001": lambda x, y: x * 0,  # a subnormal number
+    "mul.ftz.f32 %f2, %f0, 0f00800000": lambda x, y: np.where(np.abs(x) < 1, 0, x * 2.0**-126),
+    "cvt.rn.f16x2.f32 %r0, %f0, %f1; mov.b32 {%h0, %h1}, %r0; cvt.f32.f16 %f2, %h1": (
+        lambda x, y: x.astype(np.float16)
+    ),
+    "cvt.rn.bf16x2.f32 %r0, %f0, %f1; mov.b32 {%h0, %h1}, %r0; cvt.f32.bf16 %f2, %h0": (
+        lambda x, y: bfloat(y)
+    ),
     "setp.ltu.f32 %p0, %f0, %f1; selp.f32 %f2, %f0, %f1, %p0": lambda x, y: np.where(x >= y, y, x),
     "setp.ne.f32 %p0, %f0, %f1; selp.f32 %f2, 0f3F800000, 0f00000000, %p0": (
         lambda x, y: (x < y) | (x > y)
@@ -240,6 +261,16 @@ BROKEN = {
     "shfl.sync.idx.b32 %r1, %r0, 0, 31, 511; ret": "a lane is not in its own mask",
     "mov.u32 %r0, 0; div.u32 %r1, 3, %r0; ret": "integer division by 0",
     "again: bra again": "no end after",
+    "ld.param.u64 %a0, [x]; .shared .align 16 .b8 cells[16];"
+    "cp.async.cg.shared.global [cells], [%a0], 16, 16; ret": "exit with copies",
+    "ld.param.u64 %a0, [x]; .shared .align 16 .b8 cells[16];"
+    "cp.async.cg.shared.global [cells], [%a0+128], 16, 16; ret": r"read .* \+0 .* end of x",
+    ".shared .align 16 .b8 cells[16]; mov.u32 %r0, %tid.x;"
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r0, %r1, %r2, %r3}, [%r0]; ret": (
+        "misaligned read of 16 bytes"
+    ),
+    "mov.u32 %r0, %tid.x; setp.lt.u32 %p0, %r0, 9; @%p0 ret;"
+    "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r0}, [%r0]; ret": "a lane of the warp has exited",
 }
 
 
@@ -251,6 +282,42 @@ def test_broken_kernel_is_reported(body):
         launch(kernel(body + ";"), 1, 32, given, *np.zeros((2, 32), np.uint32), limit=1000)
 
 
+# a launch with 1 KiB of shared memory; each thread copies x to it
+COPY = """
+  ld.param.u64 %a0, [x]; mov.u32 %r0, %tid.x; shl.b32 %r0, %r0, 4; cvt.u64.u32 %a1, %r0;
+  add.s64 %a0, %a0, %a1; ld.param.u64 %a2, [z]; add.s64 %a2, %a2, %a1;
+  mov.u32 %r1, 16; mov.u32 %r2, %tid.x; setp.gt.u32 %p0, %r2, 30; @%p0 mov.u32 %r1, 0;
+  cp.async.cg.shared.global [%r0], [%a0], 16, %r1; cp.async.commit_group;
+"""
+READ = "ld.shared.u32 %r3, [%r0+12]; st.global.u32 [%a2], %r3;"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        (f"{COPY} cp.async.wait_group 0; {READ} ret;", [*range(3, 31 * 4, 4), 0]),
+        (f"{COPY} cp.async.wait_group 1; {READ} cp.async.wait_group 0; ret;", [-1] * 32),
+        (  # another copy, which stays
+            f"{COPY} cp.async.cg.shared.global [%r0+512], [%a0], 16, %r1; cp.async.commit_group;"
+            f"cp.async.wait_group 1; {READ} cp.async.wait_group 0; ret;",
+            [*range(3, 31 * 4, 4), 0],
+        ),
+        (  # half of the threads wait
+            f"{COPY} and.b32 %r3, %r2, 1; setp.eq.u32 %p1, %r3, 0; @%p1 cp.async.wait_group 0;"
+            f"{READ} cp.async.wait_group 0; ret;",
+            [3 + 4 * i if i % 2 == 0 else -1 for i in range(32)],
+        ),
+    ],
+)
+def test_asynchronous_copies_land_when_they_are_waited_for(body, expected):
+    source, out = np.arange(31 * 4, dtype=np.int32), np.zeros((32, 4), np.int32)
+    text = ".extern .shared .align 16 .b8 dynamic[];"
+    declared = ".param .u64 x, .param .u64 z"
+    module = Module(f"{text} .visible .entry test({declared}) {{ {REGISTERS} {body} }}")
+    launch(module.kernels["test"], 1, 32, source, out, shared_bytes=1024)
+    assert out[:, 0].tolist() == expected
+
+
 def test_unknown_instruction_is_named():
-    with pytest.raises(NotImplementedError, match=r"`prmt\.b32"):
-        launch(kernel("prmt.b32 %r0, %r1, %r2, 12816; ret;"), 1, 32, *np.zeros((3, 32), np.int32))
+    with pytest.raises(NotImplementedError, match=r"`sad\.u32"):
+        launch(kernel("sad.u32 %r0, %r1, %r2, 12816; ret;"), 1, 32, *np.zeros((3, 32), np.int32))

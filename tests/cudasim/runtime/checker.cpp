@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 
+#include "runtime/copies.h"
 #include "runtime/image.h"
 
 namespace cudasim {
@@ -122,8 +123,10 @@ void check_initialised(Range& range, const Access& access) {
     if (range.initialised[byte]) continue;
     const uint32_t pc = image_offset(access.pc);
     if (is_known({pc, pc})) return;
-    found[{pc, pc}] = "read of uninitialised " + range.at(range.begin + byte) + " by " +
-                      describe(*current_thread) + " at " + source_line(pc);
+    const std::string copy = copy_on_its_way_to(range.begin + byte);
+    found[{pc, pc}] = (copy.empty() ? "read of uninitialised " : "read too early of ") +
+                      range.at(range.begin + byte) + " by " + describe(*current_thread) + " at " +
+                      source_line(pc) + (copy.empty() ? "" : ", on its way: " + copy);
   }
 }
 
@@ -213,6 +216,34 @@ void check_access(const Access& access, size_t alignment) {
   if (!range->initialised.empty()) check_initialised(*range, access);
   check_races(*range, access);
   if (options.preemption > 0 && random_fraction() < options.preemption) yield_to_another();
+}
+
+void plain_access(const void* address, size_t bytes, bool write, void* pc) {
+  if (checked) check_access({reinterpret_cast<uintptr_t>(address), bytes, write, false, pc}, bytes);
+}
+
+void shared_access(const void* address, size_t bytes, bool write, void* pc) {
+  if (!checked) return;
+  const Access access{reinterpret_cast<uintptr_t>(address), bytes, write, false, pc};
+  check_access(access, bytes);
+  const Range* const range = find_range(access.address, bytes);
+  if (range && range->shared) return;
+  const std::string place = range ? range->at(access.address) : "local memory";
+  fail_access(kind(write) + " of " + place + " as shared memory", access);
+}
+
+void forget_values(uintptr_t address, size_t bytes) {
+  if (!checked) return;
+  Range& range = *find_range(address, bytes);
+  const auto first = range.initialised.begin() + ptrdiff_t(address - range.begin);
+  std::fill(first, first + ptrdiff_t(bytes), false);
+}
+
+bool has_values(uintptr_t address, size_t bytes) {
+  if (!checked) return false;
+  const Range& range = *find_range(address, bytes);
+  const auto first = range.initialised.begin() + ptrdiff_t(address - range.begin);
+  return std::find(first, first + ptrdiff_t(bytes), true) != first + ptrdiff_t(bytes);
 }
 
 void atomic_access(const void* address, size_t bytes, void* pc) {

@@ -15,6 +15,15 @@ struct Access {
 
 void check_access(const Access&, size_t alignment);
 
+// Of functions that are not compiled with the kernel, at `pc`, where it calls them; nothing without
+// the checker. The second kind has to be within shared memory.
+void plain_access(const void* address, size_t bytes, bool write, void* pc);
+void shared_access(const void* address, size_t bytes, bool write, void* pc);
+
+// Makes bytes of shared memory uninitialised; whether any of them has been written since.
+void forget_values(uintptr_t address, size_t bytes);
+bool has_values(uintptr_t address, size_t bytes);
+
 // A memory range that kernels of later launches may touch, of which nothing else is known:
 // `writable` for outputs, `uninitialised` where a read before a write is a fault.
 CUDASIM_EXPORT void track(const void* data, size_t bytes, const std::string& name, bool writable,

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "runtime/checker.h"
+#include "runtime/copies.h"
 
 namespace cudasim {
 
@@ -177,6 +178,7 @@ bool is_complete(const Warp& warp, const Rendezvous& meeting) {
 // On Volta and later exited threads count as arrived, so a kernel that leaves early may work; but
 // older code is written with it by mistake, and __syncthreads with votes differs: strict refuses.
 void note_exit(Fiber& fiber) {
+  require_no_copies();
   Warp& warp = warps[fiber.warp];
   fiber.state = State::kExited;
   ++statistics.exits;
@@ -316,6 +318,7 @@ void run_block() {
   alive = thread_count;
   barrier = {};
   barrier_epoch = 0;
+  drop_copies();
   warps.assign((thread_count + kWarpLanes - 1) / kWarpLanes, Warp{});
   if (const unsigned lanes = thread_count % kWarpLanes) {
     warps.back().missing = warps.back().exited = ~0u << lanes;
