@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention promises to torch and to its callers: opcheck, compile, paths, errors, weights."""
 
+import sys
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.testing import assert_close
