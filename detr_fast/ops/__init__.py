@@ -2,7 +2,7 @@
 """The compiled ops.  Each has a reference twin of the same name in :mod:`detr_fast.reference`."""
 
 from detr_fast.ops._library import backend, use_reference
-from detr_fast.ops.attention import attention
+from detr_fast.ops.attention import attention, attention_weights
 from detr_fast.ops.boxes import (
     box_area,
     box_cxcywh_to_xyxy,
@@ -30,6 +30,7 @@ __all__ = [
     "Match",
     "MatchStatus",
     "attention",
+    "attention_weights",
     "backend",
     "box_area",
     "box_cxcywh_to_xyxy",

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 
@@ -43,17 +43,79 @@ _why_no_cuda = _load_cuda()
 _reference_in_use = False
 
 
-def backend() -> dict[str, str]:
-    """Tell what runs the ops on each type of device, and why.
+Path = tuple[str, str]
+_choices: dict[str, Callable[..., Path]] = {}
+_LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled for: bfloat16, cp.async
+
+
+def chooses_path(op: str) -> Callable[[Callable[P, Path]], Callable[P, Path]]:
+    """Decorate what says which path ``op`` takes for given inputs, and why: see :func:`backend`."""
+
+    def decorate(choice: Callable[P, Path]) -> Callable[P, Path]:
+        _choices[op] = choice
+        return choice
+
+    return decorate
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernel(op: str, device: torch.device) -> str:
+    """Why a compiled ``op`` does not run on a device; nothing where it does."""
+    if device.type == "cuda":
+        return _why_not_on_gpu(op, device)
+    key = torch._C._dispatch_key_for_device(device.type)
+    registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", key)
+    return "" if registered else f"no kernel for {device.type}"
+
+
+@functools.cache
+def _why_not_on_gpu(op: str, device: torch.device) -> str:
+    if _why_no_cuda:
+        return _why_no_cuda
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", "CUDA"):
+        return "no kernel for cuda"
+    found = torch.cuda.get_device_capability(device)
+    if found < _LEAST_CAPABILITY:
+        least = ".".join(map(str, _LEAST_CAPABILITY))
+        return f"compute capability {found[0]}.{found[1]}, compiled for {least} and above"
+    return ""
+
+
+@overload
+def backend() -> dict[str, str]: ...
+
+
+@overload
+def backend(op: str, *inputs: Any, **options: Any) -> Path: ...
+
+
+def backend(op: str | None = None, *inputs: Any, **options: Any) -> dict[str, str] | Path:
+    """Tell what runs the ops on each type of device, or one op on given inputs, and why.
+
+    Args:
+        op (str | None): name of an op that has several paths: ``"attention"``.
+        inputs, options: what it would be called with; no number in a tensor is looked at.
 
     Returns:
-        dict[str, str]: for ``"cpu"`` and ``"cuda"``, ``"compiled"`` or ``"reference"`` with how
-        the package was built, or ``"none"`` with the reason.
+        dict[str, str] | tuple[str, str]: without an op, for ``"cpu"`` and ``"cuda"``,
+        ``"compiled"`` or ``"reference"`` with how the package was built, or ``"none"`` with the
+        reason.  With one, its path (``"fused"``, ``"sdpa"`` or ``"reference"``) and the reason.
+
+    Raises:
+        ValueError: if the op is unknown.
 
     Example:
         >>> detr_fast.ops.backend()  # doctest: +SKIP
         {'cpu': 'compiled (with CUDA 13.0 for 9.0+PTX)', 'cuda': 'compiled (...)'}
+        >>> detr_fast.ops.backend("attention", q, k, v)  # doctest: +SKIP
+        ('sdpa', 'dtype torch.float32')
     """
+    if op is not None:
+        if op not in _choices:
+            raise ValueError(f"op: expected one of {', '.join(map(repr, _choices))}, got {op!r}")
+        if _reference_in_use:
+            return "reference", "within use_reference()"
+        return _choices[op](*inputs, **options)
     name = "reference" if _reference_in_use else "compiled"
     here = f"{name} ({_C.build})"
     no_cuda = _why_no_cuda and not _reference_in_use

@@ -1,20 +1,163 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over padded sequences: fused kernels for DETR's shapes, torch's SDPA for all others."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from detr_fast import reference
-from detr_fast.ops._library import with_reference
-from detr_fast.reference.attention import Rows
+from detr_fast.ops._library import Path, chooses_path, why_no_kernel, with_reference
+from detr_fast.reference.attention import KEEP_LEVELS, Rows, kept_levels
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_weights"]
+
+_ops = torch.ops.detr_fast
+_HEAD_DIM = 32  # csrc/attention/rows.h
+_FUSED_DTYPES = (torch.float16, torch.bfloat16)
+_DTYPES = (*_FUSED_DTYPES, torch.float32, torch.float64)
 
 
-@with_reference(reference.attention)
+# ---- checks, which look at no number on the device
+
+
+def _check_shape(fits: bool, tensor: Tensor, name: str, *sizes: object) -> None:
+    if not fits:
+        expected = ", ".join(map(str, sizes)) + "," * (len(sizes) == 1)
+        raise RuntimeError(f"{name}: expected shape ({expected}), got {tuple(tensor.shape)}")
+
+
+def _check_device(tensor: Tensor, name: str, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise RuntimeError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
+
+
+def _check_rows(rows: Tensor | None, name: str, q: Tensor, *columns: int) -> None:
+    if rows is None:
+        return
+    if rows.dtype != torch.int32:
+        raise RuntimeError(f"{name}: expected dtype torch.int32, got {rows.dtype}")
+    sizes = (q.shape[0], *columns)
+    _check_shape(rows.shape == sizes, rows, name, *sizes)
+    _check_device(rows, name, q)
+
+
+def _check_grid(rect: Tensor | None, name: str, length: int, padded_width: int | None) -> None:
+    if rect is None:
+        return
+    if padded_width is None:
+        raise ValueError(f"{name}: needs padded_width, the number of cells in a row of the grid")
+    if padded_width <= 0 or length % padded_width:
+        raise RuntimeError(
+            f"{name}: a sequence of {length} rows is no grid that is padded_width = "
+            f"{padded_width} wide"
+        )
+
+
+def _check_padding(
+    q: Tensor,
+    k: Tensor,
+    query_rect: Tensor | None,
+    key_rect: Tensor | None,
+    padded_width: int | None,
+    key_count: Tensor | None,
+) -> None:
+    """Check q, k and what says which of their rows are real."""
+    if q.dtype not in _DTYPES:
+        known = ", ".join(map(str, _DTYPES))
+        raise RuntimeError(f"q: expected dtype {known}, got {q.dtype}")
+    _check_shape(q.dim() == 4, q, "q", "*", "*", "*", "*")
+    images, heads, _, columns = q.shape
+    fits = k.dim() == 4 and k.shape == (images, heads, k.shape[2], columns)
+    _check_shape(fits, k, "k", images, heads, "*", columns)
+    _check_alike(k, "k", q)
+    if key_rect is not None and key_count is not None:
+        raise ValueError("key_rect and key_count: expected at most one of them")
+    _check_rows(query_rect, "query_rect", q, 2)
+    _check_rows(key_rect, "key_rect", q, 2)
+    _check_rows(key_count, "key_count", q)
+    _check_grid(query_rect, "query_rect", q.shape[2], padded_width)
+    _check_grid(key_rect, "key_rect", k.shape[2], padded_width)
+
+
+def _check_alike(tensor: Tensor, name: str, q: Tensor) -> None:
+    if tensor.dtype != q.dtype and _computed_in(tensor) != _computed_in(q):
+        raise RuntimeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
+    _check_device(tensor, name, q)
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    query_rect: Tensor | None = None,
+    key_rect: Tensor | None = None,
+    padded_width: int | None = None,
+    key_count: Tensor | None = None,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> None:
+    _check_padding(q, k, query_rect, key_rect, padded_width, key_count)
+    rows = k.shape[:3]
+    _check_shape(v.dim() == 4 and v.shape[:3] == rows, v, "v", *rows, "*")
+    _check_alike(v, "v", q)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p: expected a probability, 0 to 1, got {dropout_p}")
+    if mask is not None:
+        _check_mask(mask, q, k)
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(
+            f"mask: expected dtype torch.bool, True for keys to look at, or a floating point "
+            f"dtype, got {mask.dtype}"
+        )
+    full = (*q.shape[:3], k.shape[2])
+    sizes = zip(reversed(mask.shape), reversed(full), strict=False)
+    if mask.dim() > 4 or any(own not in (1, size) for own, size in sizes):
+        raise RuntimeError(
+            f"mask: expected a shape that broadcasts to {full}, got {tuple(mask.shape)}"
+        )
+    _check_device(mask, "mask", q)
+
+
+def _computed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor has in SDPA: that of autocast, where it is on, unless float64."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
+
+
+# ---- the public functions
+
+
+def _check_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    query_rect: Tensor | None = None,
+    key_rect: Tensor | None = None,
+    padded_width: int | None = None,
+    key_count: Tensor | None = None,
+    average: bool = True,
+) -> None:
+    _check_padding(q, k, query_rect, key_rect, padded_width, key_count)
+
+
+attention_weights = with_reference(reference.attention_weights, check=_check_weights)(
+    reference.attention_weights
+)
+
+
+@with_reference(reference.attention, check=_check)
 def attention(
     q: Tensor,
     k: Tensor,
@@ -30,12 +173,16 @@ def attention(
     """Scaled dot-product attention (Vaswani et al., NeurIPS 2017, equation 1) of padded sequences.
 
     Padded keys are skipped and padded queries give 0: neither is read, whatever it holds.
-    Differentiable once.
+    Differentiable once.  Where :func:`detr_fast.ops.backend` says ``"fused"``, an image's results
+    and gradients are the same bits in any batch and with any padding; else they are those of
+    ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``).
+
+    Under autocast all but float64 is computed in the dtype of autocast.
 
     Args:
-        q (Tensor[B, H, Q, D]): queries, in any strides.
+        q (Tensor[B, H, Q, D]): queries, in any strides: half, bfloat16, float32 or float64.
         k (Tensor[B, H, K, D]): keys.
-        v (Tensor[B, H, K, D]): values.
+        v (Tensor[B, H, K, V]): values.
         query_rect (IntTensor[B, 2] | None): int32 (h, w) of each image: of the queries, a grid
             ``padded_width`` wide row by row, those of the upper left h x w cells are real.
         key_rect (IntTensor[B, 2] | None): the same of the keys.
@@ -43,16 +190,68 @@ def attention(
         key_count (IntTensor[B] | None): int32 number of real keys, which come first.
         mask (Tensor | None): broadcastable to (B, H, Q, K): bool, True for keys to look at, or
             floating point, added to the scores.
-        dropout_p (float): probability that a weight is dropped; a multiple of 1 / 256 is taken.
+        dropout_p (float): probability that a weight is dropped.  The nearest multiple of 1 / 256
+            is taken, 26 / 256 for 0.1, and the other weights are divided by what is left of 1, so
+            that the mean is exact.  What is dropped follows torch's generator of the device.
 
     Returns:
-        Tensor[B, H, Q, D]: averages of the values; 0 where there is no key. Of dtype of q.
+        Tensor[B, H, Q, V]: averages of the values; 0 where there is no key.  Of the dtype of q; in
+        memory (B, Q, H, V) where it is fused.
 
     Raises:
-        RuntimeError: if a shape, dtype or device does not fit.
-        ValueError: if both key_rect and key_count are given, or the probability is none.
+        RuntimeError: if a shape, dtype or device does not fit, or a sequence is no such grid.
+        ValueError: if both key_rect and key_count are given, a rect without padded_width, or the
+            probability is none.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 2, 8, 12, 32).unbind()
+        >>> rect = torch.tensor([[3, 4], [2, 3]], dtype=torch.int32)  # of a grid 3 x 4
+        >>> out = detr_fast.ops.attention(
+        ...     q, k, v, query_rect=rect, key_rect=rect, padded_width=4
+        ... )
     """
-    return _sdpa(q, k, v, query_rect, Rows(key_rect, key_count, padded_width), mask, dropout_p)
+    dtype = _computed_in(q)  # as are k and v: that has been checked
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    kept = kept_levels(dropout_p)
+    if _why_not_fused(dtype, q, v, mask, kept):
+        keys = Rows(key_rect, key_count, padded_width)
+        return _sdpa(q, k, v, query_rect, keys, mask, 1 - kept / KEEP_LEVELS)
+    seed = None
+    if kept < KEEP_LEVELS:
+        seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
+    width = 1 if padded_width is None else padded_width
+    out: Tensor = _ops.attention.default(
+        q, k, v, query_rect, key_rect, key_count, width, kept, seed
+    )[0]
+    return out.transpose(1, 2)
+
+
+@chooses_path("attention")
+def _path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    **_: Any,
+) -> Path:
+    why_not = _why_not_fused(_computed_in(q), q, v, mask, kept_levels(dropout_p))
+    return ("sdpa", why_not) if why_not else ("fused", f"{q.device.type} has a kernel for this")
+
+
+def _why_not_fused(dtype: torch.dtype, q: Tensor, v: Tensor, mask: Tensor | None, kept: int) -> str:
+    """The reason; nothing where the fused kernels run."""
+    if dtype not in _FUSED_DTYPES:
+        return f"dtype {dtype}, fused: {' and '.join(map(str, _FUSED_DTYPES))}"
+    if q.shape[3] != _HEAD_DIM or v.shape[3] != _HEAD_DIM:
+        return f"head dimensions {q.shape[3]} and {v.shape[3]}, fused: {_HEAD_DIM}"
+    if mask is not None:
+        return "a mask"
+    if kept == 0:
+        return "everything is dropped"
+    why_not: str = why_no_kernel("attention", q.device)
+    return why_not
 
 
 def _sdpa(
@@ -64,20 +263,31 @@ def _sdpa(
     mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    real_queries = Rows(query_rect, None, keys.padded_width).mask(q.shape[-2])
-    real_keys = keys.mask(k.shape[-2])
+    real_queries = Rows(query_rect, None, keys.padded_width).mask(q.shape[2])
+    real_keys = keys.mask(k.shape[2])
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(q.dtype)
+    # 0 * NaN is NaN: what is not real comes into no product, forward or backward
     if real_keys is not None:
         k, v = (x.masked_fill(~real_keys[:, None, :, None], 0) for x in (k, v))
-        real_keys = real_keys[:, None, None]
-        mask = real_keys if mask is None else _both(mask, real_keys)
-    out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
-    return out if real_queries is None else out.masked_fill(~real_queries[:, None, :, None], 0)
+        mask = _with_keys(mask, real_keys)
+    if real_queries is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
+    padded = ~real_queries[:, None, :, None]
+    out = F.scaled_dot_product_attention(q.masked_fill(padded, 0), k, v, mask, dropout_p)
+    return out.masked_fill(padded, 0)
 
 
-def _both(mask: Tensor, real_keys: Tensor) -> Tensor:
+def _with_keys(mask: Tensor | None, real_keys: Tensor) -> Tensor:
+    """The mask that leaves out keys that are not real (BoolTensor[B, K])."""
+    # an image without keys looks at its first one, which is 0: no back end meets an empty softmax
+    first = torch.arange(real_keys.shape[1], device=real_keys.device) == 0
+    looked_at = (real_keys | first)[:, None, None]
+    if mask is None:
+        return looked_at
     if mask.dtype == torch.bool:
-        return mask & real_keys
-    return mask.masked_fill(~real_keys, -torch.inf)
+        return mask & looked_at
+    return mask.masked_fill(~looked_at, -torch.inf)
 
 
 # ---- what torch has to know of the kernels
@@ -96,7 +306,7 @@ def _attention_fake(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     images, heads, queries, columns = q.shape
-    words = 0 if seed is None else (k.shape[2] + 127) // 128 * 4
+    words = 0 if kept == KEEP_LEVELS else (k.shape[2] + 127) // 128 * 4  # dropout.h
     return (
         q.new_empty(images, queries, heads, columns),
         q.new_empty(images, heads, queries, dtype=torch.float32),
@@ -113,3 +323,33 @@ def _attention_backward_fake(
         return [q.new_empty(images, queries, 3, heads, columns)]
     rows = (queries, keys, keys)
     return [q.new_empty(images, length, heads, columns) for length in rows]
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, query_rect, key_rect, key_count, *ctx.options, _ = inputs
+    _, lse, keep = output
+    ctx.save_for_backward(q, k, v, *output, query_rect, key_rect, key_count)
+    ctx.mark_non_differentiable(lse, keep)
+    ctx.set_materialize_grads(False)
+
+
+@once_differentiable
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _ops.attention_backward.default(grad, *ctx.saved_tensors, *ctx.options)
+    # of self-attention one block, which unbind_layers(qkv, dim=2) recognises
+    rows_first: Sequence[Tensor] = grads[0].unbind(2) if len(grads) == 1 else grads
+    needs = ctx.needs_input_grad
+    return tuple(
+        g.transpose(1, 2) if needed else None
+        for g, needed in zip(rows_first, needs[:3], strict=True)
+    )
+
+
+def _attention_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    grads = [None] * 3 if grad is None else _gradients(ctx, grad)
+    return *grads, *[None] * 6
+
+
+torch.library.register_autograd(
+    "detr_fast::attention", _attention_backward, setup_context=_attention_setup
+)

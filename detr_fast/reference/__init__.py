@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain torch versions of the ops: same names, same signatures, the measure of all tests."""
 
-from detr_fast.reference.attention import attention
+from detr_fast.reference.attention import attention, attention_weights
 from detr_fast.reference.boxes import (
     box_area,
     box_cxcywh_to_xyxy,
@@ -16,6 +16,7 @@ from detr_fast.reference.matcher import hungarian_match, linear_sum_assignment
 
 __all__ = [
     "attention",
+    "attention_weights",
     "box_area",
     "box_cxcywh_to_xyxy",
     "box_iou",
