@@ -32,7 +32,6 @@ struct Shape {
 // read from the L2 cache. Few: one image's keys are divided, or most of the GPU would wait.
 using Many = Shape<2, 4, 1, 64, 3>;
 using Few = Shape<1, 4, 4, 32, 1>;
-constexpr int kFewQueries = 128;
 
 // The softmax of a warp's rows so far. Rows of a lane: tile m, half h; ends are of its quad's.
 template <int kTiles>
@@ -148,8 +147,8 @@ class Dropout {
           const uint32_t bits = __shfl_sync(kWholeWarp, drawn[w], source) << (2 * (lane % 4));
 #pragma unroll
           for (int n = 0; n < 4; ++n) {  // eights of the word's keys
-            const uint32_t mask = spread_signs(bits << (n / 2), 0, n % 2 ? 0xbbaa : 0x9988);
-            p[m][2 * w + n / 2][n % 2 * 2 + h] &= mask;
+            p[m][2 * w + n / 2][n % 2 * 2 + h] &=
+                spread_signs(bits, bits << 1, 0xcc88 + 0x1111 * n);
           }
         }
       }
@@ -385,9 +384,7 @@ void launch(const AttentionInputs& in, const AttentionOutputs& out, void* stream
 
 template <typename element_t>
 void launch(const AttentionInputs& in, const AttentionOutputs& out, void* stream) {
-  // by what does not depend on the other images of a batch: else an image's bits would
-  const bool few = in.queries <= kFewQueries && in.query_rect == nullptr;
-  if (few) return launch<Few, element_t>(in, out, stream);
+  if (few_queries(in)) return launch<Few, element_t>(in, out, stream);
   launch<Many, element_t>(in, out, stream);
 }
 

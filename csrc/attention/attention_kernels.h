@@ -28,13 +28,22 @@ struct AttentionGradients {
   HeadsInput grad, out;
   const float* lse;
   const uint32_t* keep;
-  float* statistics;  // workspace (images, heads, statistics_rows(queries), 2)
+  float* statistics;  // workspace (images, heads, 2, statistics_rows(queries))
   // (images, rows, heads, kHeadDim)
   void *grad_q, *grad_k, *grad_v;
   int64_t query_step, key_step;  // from row to row
 };
 
-DETR_FAST_HOST_DEVICE int statistics_rows(int queries) { return (queries + 63) / 64 * 64; }
+constexpr int kStatisticsRows = 64;  // multiples of which are stored
+DETR_FAST_HOST_DEVICE int statistics_rows(int queries) {
+  return (queries + kStatisticsRows - 1) / kStatisticsRows * kStatisticsRows;
+}
+
+// Few queries: an image's keys are divided among warps, or most of the GPU would wait. Decided by
+// what does not depend on the other images of a batch: else an image's bits would.
+DETR_FAST_HOST_DEVICE bool few_queries(const AttentionInputs& in) {
+  return in.queries <= 128 && in.query_rect == nullptr;
+}
 
 void launch_attention(const AttentionInputs&, const AttentionOutputs&, void* stream);
 void launch_attention_backward(const AttentionInputs&, const AttentionGradients&, void* stream);

@@ -18,13 +18,9 @@ constexpr int kPhiloxRounds = 7;  // as many as pass BigCrush (Salmon et al., SC
 // Words of a row are stored in fours: 16 bytes, 128 keys.
 DETR_FAST_HOST_DEVICE int keep_words(int keys) { return (keys + 127) / 128 * 4; }
 
-// Where the bit of a key is in its word, so that a shift brings the bits of a lane's four elements
-// of a fragment to the signs of bytes: key 8 n + 2 t + e has bit 7 - 2 t - n / 2 of byte
-// 2 (n % 2) + e.
-DETR_FAST_HOST_DEVICE int keep_bit(int key) {
-  const int n = key / 8 % 4, t = key % 8 / 2, e = key % 2;
-  return (n % 2 * 2 + e) * 8 + 7 - 2 * t - n / 2;
-}
+// Where the bit of a key is in its word: each eight keys have a byte, the first one its sign. Thus a
+// shift by what a lane's place in a fragment is brings the bits that it asks for to such signs.
+DETR_FAST_HOST_DEVICE int keep_bit(int key) { return key % kKeysInWord ^ 7; }
 
 struct RandomWords {
   uint32_t word[4];

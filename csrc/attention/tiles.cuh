@@ -151,13 +151,19 @@ __device__ __forceinline__ int columns_slot(int lane) { return swizzled(lane % 8
 __device__ __forceinline__ int rows_slot(int lane) { return swizzled(lane % 16, lane / 16); }
 constexpr int kSliceStep = 2 * kChunk;
 
-// d (16 x 8) = a (16 rows) times the eight rows of a tile, transposed: dot products.
+// d (16 x 8) += a (16 rows) times the eight rows of a tile, transposed: dot products.
+template <typename element_t>
+__device__ __forceinline__ void add_dot_products(float (&d)[4], const uint32_t (&a)[kSlices][4],
+                                                 const uint32_t (&b)[4]) {
+  multiply_add<element_t>(d, a[0], b[0], b[1]);
+  multiply_add<element_t>(d, a[1], b[2], b[3]);
+}
+
 template <typename element_t>
 __device__ __forceinline__ void dot_products(float (&d)[4], const uint32_t (&a)[kSlices][4],
                                              const uint32_t (&b)[4]) {
   d[0] = d[1] = d[2] = d[3] = 0;
-  multiply_add<element_t>(d, a[0], b[0], b[1]);
-  multiply_add<element_t>(d, a[1], b[2], b[3]);
+  add_dot_products<element_t>(d, a, b);
 }
 
 // d (16 x 32) += a (16 x 16) times sixteen rows of a tile; b[slice] is of load_matrices_transposed.
