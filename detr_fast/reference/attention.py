@@ -174,9 +174,7 @@ def dropout_mask(seed: int, heads: int, kept: int, queries: Tensor, keys: Tensor
         for i, random in enumerate(_philox(counter, seed)):
             bit = _WORD if kept >> (4 * half + i) & 1 else 0
             less = (less & ~random) | (bit & (less | ~random))
-    word, key = keys // _KEYS_IN_WORD, keys % _KEYS_IN_WORD
-    eight, pair, element = key // 8, key % 8 // 2, key % 2
-    place = (eight % 2 * 2 + element) * 8 + 7 - 2 * pair - eight // 2
+    word, place = keys // _KEYS_IN_WORD, keys % _KEYS_IN_WORD ^ 7
     shape = (images, heads, queries.shape[1], length)
     drawn = less.gather(3, word.clamp(min=0)[:, None, None].expand(shape))
     real = (queries >= 0)[:, None, :, None] & (keys >= 0)[:, None, None]
