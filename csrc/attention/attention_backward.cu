@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   constexpr int kShared = Few::kShared;
   static_assert(Many::kShared <= kShared && kKeyShared <= kShared);
   __shared__ __align__(128) Stage stages[kShared];
-  __shared__ TileSource source;
+  __shared__ RowSteps row_steps;
   const bool few = few_queries(in);
   const int key_blocks = (in.keys + kKeyRows - 1) / kKeyRows;
   // the longer ones begin: those of queries where there are few of them
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool later = int(blockIdx.x) >= begin;
   const int block = int(blockIdx.x) - (later ? begin : 0);
   if (later == few) {
-    key_gradients<kDropout, element_t>(in, out, stages, source, block * kKeyRows);
+    key_gradients<kDropout, element_t>(in, out, stages, row_steps, block * kKeyRows);
   } else if (few) {
-    query_gradients<Few, kDropout, element_t>(in, out, stages, source, block * Few::kRows);
+    query_gradients<Few, kDropout, element_t>(in, out, stages, row_steps, block * Few::kRows);
   } else {
-    query_gradients<Many, kDropout, element_t>(in, out, stages, source, block * Many::kRows);
+    query_gradients<Many, kDropout, element_t>(in, out, stages, row_steps, block * Many::kRows);
   }
 }
 
