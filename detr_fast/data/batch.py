@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: images padded to one size with their mask, and targets packed into tensors."""
+"""Batches: images padded to one size, and targets packed into tensors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,33 @@ from torch import Tensor
 
 
 class ImageBatch(NamedTuple):
-    """Images of one size and what of them is padding.
+    """Images of one size, each at the upper left of its own.
 
     Attributes:
         tensors (Tensor[B, 3, H, W]): the images, zero where padded.
-        mask (Tensor[B, H, W]): bool, True where padded.
+        sizes (IntTensor[B, 2] | None): int32 (height, width) of each image without its padding;
+            None if no image has any.
     """
 
     tensors: Tensor
-    mask: Tensor
+    sizes: Tensor | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """True where a pixel is padding (BoolTensor[B, H, W]); made on each access."""
+        images, _, height, width = self.tensors.shape
+        device = self.tensors.device
+        if self.sizes is None:
+            return torch.zeros(images, height, width, dtype=torch.bool, device=device)
+        rows = torch.arange(height, device=device)[:, None] >= self.sizes[:, 0, None, None]
+        columns = torch.arange(width, device=device) >= self.sizes[:, 1, None, None]
+        return rows | columns
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> ImageBatch:
         """Copy to a device."""
-        return ImageBatch(*(t.to(device, non_blocking=non_blocking) for t in self))
+        return ImageBatch(
+            *(None if t is None else t.to(device, non_blocking=non_blocking) for t in self)
+        )
 
 
 def pad_images(images: Sequence[Tensor]) -> ImageBatch:
@@ -46,14 +60,16 @@ def pad_images(images: Sequence[Tensor]) -> ImageBatch:
                 f"images[{index}] has {image.shape[0]} channels of {image.dtype}, "
                 f"images[0] has {first.shape[0]} of {first.dtype}"
             )
-    height, width = (max(image.shape[d] for image in images) for d in (1, 2))
+    sizes = [tuple(image.shape[1:]) for image in images]
+    if len(set(sizes)) == 1:
+        return ImageBatch(torch.stack(list(images)))
+    height, width = map(max, zip(*sizes, strict=True))
     tensors = first.new_zeros(len(images), first.shape[0], height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=first.device)
-    for index, image in enumerate(images):
-        h, w = image.shape[1:]
+    for index, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
         tensors[index, :, :h, :w] = image
-        mask[index, :h, :w] = False
-    return ImageBatch(tensors, mask)
+    # from memory that is not page-locked, so the copy is done with it when the call returns
+    on_host = torch.tensor(sizes, dtype=torch.int32)
+    return ImageBatch(tensors, on_host.to(first.device, non_blocking=True))
 
 
 def collate(

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detr_fast.data.batch import pad_images
+from detr_fast.data.batch import ImageBatch, pad_images
+from detr_fast.models.attention import FUSED, REFERENCE
 from detr_fast.models.backbone import Backbone
 from detr_fast.models.checkpoint import load_weights, read_checkpoint
 from detr_fast.models.model_config import ModelConfig
+from detr_fast.models.padding import Padding, padding_of_mask, padding_of_sizes
 from detr_fast.models.position_encoding import PositionEncodingLearned, PositionEncodingSine
 from detr_fast.models.postprocess import PostProcess
 from detr_fast.models.tiny import DETR_TINY, ConvBackbone, place_queries
-from detr_fast.models.transformer import Attention, ReferenceAttention, Transformer
+from detr_fast.models.transformer import Transformer
 from detr_fast.ops.layers import unbind_layers
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
@@ -32,7 +34,7 @@ MODELS = {
 
 
 class PaddedImages(Protocol):
-    """Images and what of them is padding, for instance :class:`detr_fast.data.ImageBatch`."""
+    """Images and what of them is padding, for instance the ``NestedTensor`` of the original."""
 
     tensors: Tensor
     mask: Tensor
@@ -83,7 +85,7 @@ class DETR(nn.Module):
             config.dim_feedforward,
             config.dropout,
             config.pre_norm,
-            Attention if folded else ReferenceAttention,
+            FUSED if folded else REFERENCE,
         )
         self.class_embed = nn.Linear(width, config.num_classes + 1)
         self.bbox_embed = MLP(width, width, 4, depth=3)
@@ -94,14 +96,17 @@ class DETR(nn.Module):
         encoding = PositionEncodingLearned(width) if learned else PositionEncodingSine(width)
         self.backbone = nn.ModuleList([backbone, encoding])
 
-    def forward(self, images: Sequence[Tensor] | Tensor | PaddedImages) -> dict[str, Any]:
+    def forward(
+        self, images: Sequence[Tensor] | Tensor | ImageBatch | PaddedImages
+    ) -> dict[str, Any]:
         """Detect objects.
 
         Args:
-            images: normalised images of floating point, in one of three forms: a list of
+            images: normalised images of floating point, in one of four forms: a list of
                 Tensor[3, h, w] of any sizes (padded here); a Tensor[B, 3, H, W] without padding;
-                an object with ``tensors (Tensor[B, 3, H, W])`` and ``mask (BoolTensor[B, H, W])``,
-                True for padding.
+                an :class:`detr_fast.data.ImageBatch`; another object with
+                ``tensors (Tensor[B, 3, H, W])`` and ``mask (BoolTensor[B, H, W])``, True for
+                padding, wherever it is: the kernels of attention take no mask, so SDPA runs.
 
         Returns:
             dict: ``pred_logits (Tensor[B, Q, num_classes + 1])``; ``pred_boxes (Tensor[B, Q, 4])``,
@@ -112,14 +117,13 @@ class DETR(nn.Module):
             TypeError: if the images are of no such form or not of floating point.
             ValueError: if a shape does not fit.
         """
-        tensors, mask = _as_batch(images)
+        tensors, sizes, mask = _as_batch(images)
         features = self.backbone[0](tensors)
-        padding = _padded_cells(mask, features)
-        position = self.backbone[1](padding).to(features.dtype)
+        padding = _padding(tensors, sizes, mask, features)
         states = self.transformer(
             self.input_proj(features).flatten(2).transpose(1, 2),
-            position.flatten(1, 2),
-            None if mask is None else padding.flatten(1),
+            self.backbone[1](features, padding),
+            padding,
             self.query_embed.weight,
             every_layer=self.config.aux_loss,
         )
@@ -144,24 +148,33 @@ def _build_backbone(config: ModelConfig, folded: bool) -> nn.Module:
     return Backbone(config.backbone, config.dilation, folded)
 
 
-def _as_batch(images: Sequence[Tensor] | Tensor | PaddedImages) -> tuple[Tensor, Tensor | None]:
-    """Return images (B, 3, H, W) and the mask of their padding (B, H, W), None if there is none."""
+def _as_batch(images: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return images (B, 3, H, W) and of their padding sizes, mask or neither, as they are given."""
     mask = None
-    if hasattr(images, "tensors") and hasattr(images, "mask"):
-        images, mask = images.tensors, images.mask
-    elif isinstance(images, (list, tuple)):
+    if isinstance(images, (list, tuple)) and not isinstance(images, ImageBatch):
         for index, image in enumerate(images):
             _check_images(image, f"images[{index}]", ("3", "h", "w"))
-        same_size = len({image.shape for image in images}) == 1
-        images, mask = (torch.stack(images), None) if same_size else pad_images(images)
+        images = pad_images(images)
+    if isinstance(images, ImageBatch):
+        images, sizes = images
+    elif hasattr(images, "tensors") and hasattr(images, "mask"):
+        images, sizes, mask = images.tensors, None, images.mask
+    else:
+        sizes = None
     _check_images(images, "images", ("B", "3", "H", "W"))
+    if sizes is not None:
+        _check_form(sizes, "sizes", torch.int32, (len(images), 2))
     if mask is not None:
-        expected = (len(images), *images.shape[2:])
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected torch.bool, True for padding, got {mask.dtype}")
-        if mask.shape != expected:
-            raise ValueError(f"mask: expected shape {expected}, got {tuple(mask.shape)}")
-    return images, mask
+        _check_form(mask, "mask", torch.bool, (len(images), *images.shape[2:]))
+    return images, sizes, mask
+
+
+def _check_form(tensor: Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype:
+        hint = ", True for padding" if dtype == torch.bool else ""
+        raise TypeError(f"{name}: expected {dtype}{hint}, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
 
 
 def _check_images(images: Tensor, name: str, dims: tuple[str, ...]) -> None:
@@ -181,14 +194,13 @@ def _check_images(images: Tensor, name: str, dims: tuple[str, ...]) -> None:
         )
 
 
-def _padded_cells(mask: Tensor | None, features: Tensor) -> Tensor:
-    """Sample the mask (B, H, W) on the grid of ``features (Tensor[B, C, h, w])``: (B, h, w)."""
+def _padding(
+    tensors: Tensor, sizes: Tensor | None, mask: Tensor | None, features: Tensor
+) -> Padding | None:
     grid = features.shape[-2:]
-    if mask is None:
-        return torch.zeros(1, *grid, dtype=torch.bool, device=features.device)
-    cells = F.interpolate(mask[None].float(), size=grid)[0].to(torch.bool)
-    # a softmax over no cell at all is NaN: an image that is all padding counts as none
-    return cells & ~cells.all(dim=(1, 2), keepdim=True)
+    if mask is not None:
+        return padding_of_mask(mask, grid)
+    return None if sizes is None else padding_of_sizes(sizes, tensors.shape[-2:], grid)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -134,7 +134,7 @@ def place_queries(model: "DETR", sharpness: float = 5.0) -> None:
 
     places = _grid(config.num_queries)
     fine = 64  # the encoding is sampled on a grid of fine x fine cells
-    encoding = model.backbone[1](torch.zeros(1, fine, fine, dtype=torch.bool))[0]
+    encoding = model.backbone[1](torch.empty(1, 0, fine, fine), None).unflatten(0, (fine, fine))
     # cell i of 8 is encoded as (i + 1) / 8: for 16 queries these are the places of whole cells, so
     # that a query starts with the features of one cell and not with the average of several
     rows, columns = (places * fine + fine / 8 - 1).round().long().clamp(max=fine - 1).unbind(1)

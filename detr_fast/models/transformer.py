@@ -7,56 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Attention(nn.MultiheadAttention):
-    """The parameters of ``nn.MultiheadAttention``, computed without attention maps.
-
-    So the fused kernels of ``scaled_dot_product_attention`` apply.
-    """
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            query (Tensor[B, Q, C]): what asks; the very tensor ``key`` in self-attention, where
-                one product then projects both.
-            key (Tensor[B, L, C]): what is compared with the query.
-            value (Tensor[B, L, C]): what is averaged.
-            padding (BoolTensor[B, L]): True for keys to skip; every row needs a False.
-
-        Returns:
-            Tensor[B, Q, C]: the projected averages.
-        """
-        width = self.embed_dim
-        if query is key:
-            both = F.linear(query, self.in_proj_weight[: 2 * width], self.in_proj_bias[: 2 * width])
-            q, k = both.chunk(2, dim=-1)
-        else:
-            q = F.linear(query, self.in_proj_weight[:width], self.in_proj_bias[:width])
-            k = F.linear(
-                key, self.in_proj_weight[width : 2 * width], self.in_proj_bias[width : 2 * width]
-            )
-        v = F.linear(value, self.in_proj_weight[2 * width :], self.in_proj_bias[2 * width :])
-        heads = (self.num_heads, self.head_dim)
-        out = F.scaled_dot_product_attention(
-            *(x.unflatten(-1, heads).transpose(1, 2) for x in (q, k, v)),
-            attn_mask=None if padding is None else ~padding[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        return self.out_proj(out.transpose(1, 2).flatten(-2))
-
-
-class ReferenceAttention(nn.MultiheadAttention):
-    """Attention as the original calls it: sequence first, attention maps made and dropped."""
-
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None = None
-    ) -> Tensor:
-        """Attend; arguments and result as those of :class:`Attention`."""
-        query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        return super().forward(query, key, value, key_padding_mask=padding)[0].transpose(0, 1)
+from detr_fast.models.attention import FUSED, Attentions, Memory
+from detr_fast.models.inference_cache import InferenceCache
+from detr_fast.models.padding import Padding
 
 
 class _Layer(nn.Module):
@@ -80,7 +33,7 @@ class EncoderLayer(_Layer):
     """Self-attention and feed-forward.
 
     Args:
-        attention (type): :class:`Attention` or :class:`ReferenceAttention`.
+        attention (Attentions): which modules attend.
         width (int): channels.
         heads (int): attention heads.
         dim_feedforward (int): hidden channels of the feed-forward block.
@@ -90,7 +43,7 @@ class EncoderLayer(_Layer):
 
     def __init__(
         self,
-        attention: type[nn.MultiheadAttention],
+        attention: Attentions,
         width: int,
         heads: int,
         dim_feedforward: int,
@@ -98,20 +51,15 @@ class EncoderLayer(_Layer):
         pre_norm: bool,
     ) -> None:
         super().__init__(dropout, pre_norm)
-        self.self_attn = attention(width, heads, dropout=dropout)
+        self.self_attn = attention.of_itself(width, heads, dropout=dropout)
         self.linear1 = nn.Linear(width, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, width)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
-        """Map ``x (Tensor[B, L, C])``, its position and ``padding (BoolTensor[B, L])``."""
-
-        def attend(x: Tensor) -> Tensor:
-            placed = x + position
-            return self.self_attn(placed, placed, x, padding)
-
-        x = self.block(x, self.norm1, attend)
+    def forward(self, x: Tensor, position: Tensor, padding: Padding | None) -> Tensor:
+        """Map ``x (Tensor[B, L, C])``, its position and its padding."""
+        x = self.block(x, self.norm1, lambda x: self.self_attn(x, position, padding))
         return self.block(x, self.norm2, self.feedforward)
 
 
@@ -123,7 +71,7 @@ class DecoderLayer(_Layer):
 
     def __init__(
         self,
-        attention: type[nn.MultiheadAttention],
+        attention: Attentions,
         width: int,
         heads: int,
         dim_feedforward: int,
@@ -131,8 +79,8 @@ class DecoderLayer(_Layer):
         pre_norm: bool,
     ) -> None:
         super().__init__(dropout, pre_norm)
-        self.self_attn = attention(width, heads, dropout=dropout)
-        self.multihead_attn = attention(width, heads, dropout=dropout)
+        self.self_attn = attention.of_itself(width, heads, dropout=dropout)
+        self.multihead_attn = attention.of_memory(width, heads, dropout=dropout)
         self.linear1 = nn.Linear(width, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, width)
         self.norm1 = nn.LayerNorm(width)
@@ -143,31 +91,25 @@ class DecoderLayer(_Layer):
         self,
         x: Tensor,
         query_position: Tensor,
-        memory: Tensor,
-        placed_memory: Tensor,
-        padding: Tensor | None,
+        memory: Memory,
+        padding: Padding | None,
     ) -> Tensor:
         """Update the queries.
 
         Args:
             x (Tensor[B, Q, C]): state of the queries.
             query_position (Tensor[Q, C]): their learned position.
-            memory (Tensor[B, L, C]): output of the encoder.
-            placed_memory (Tensor[B, L, C]): the same plus its position.
-            padding (BoolTensor[B, L]): True where the memory is padding.
+            memory (Memory): output of the encoder, prepared for the cross-attention of this layer.
+            padding (Padding, optional): of the memory.
 
         Returns:
             Tensor[B, Q, C]: the new state.
         """
 
-        def attend(x: Tensor) -> Tensor:
-            placed = x + query_position
-            return self.self_attn(placed, placed, x, padding=None)
-
         def look(x: Tensor) -> Tensor:
-            return self.multihead_attn(x + query_position, placed_memory, memory, padding)
+            return self.multihead_attn(x + query_position, memory, padding)
 
-        x = self.block(x, self.norm1, attend)
+        x = self.block(x, self.norm1, lambda x: self.self_attn(x, query_position))
         x = self.block(x, self.norm2, look)
         return self.block(x, self.norm3, self.feedforward)
 
@@ -180,11 +122,12 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm
 
-    def forward(self, x: Tensor, position: Tensor, padding: Tensor | None) -> Tensor:
-        """Map ``x (Tensor[B, L, C])`` to the memory, of the same shape."""
+    def forward(self, x: Tensor, position: Tensor, padding: Padding | None) -> Tensor:
+        """Map ``x (Tensor[B, L, C])`` to the memory, of the same shape; 0 where it is padding."""
         for layer in self.layers:
             x = layer(x, position, padding)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        return x if padding is None else x.masked_fill(padding.cells[..., None], 0)
 
 
 class Decoder(nn.Module):
@@ -194,16 +137,18 @@ class Decoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = norm
+        self.kept = InferenceCache()
 
     def forward(
-        self, memory: Tensor, position: Tensor, padding: Tensor | None, queries: Tensor
+        self, memory: Tensor, position: Tensor, padding: Padding | None, queries: Tensor
     ) -> list[Tensor]:
         """Return the state of the queries behind every layer, not normalised."""
         x = torch.zeros_like(queries).expand(len(memory), -1, -1)
-        placed_memory = memory + position
+        looking = [layer.multihead_attn for layer in self.layers]
+        memories = looking[0].memories(looking, memory, position, self.kept)
         states = []
-        for layer in self.layers:
-            x = layer(x, queries, memory, placed_memory, padding)
+        for layer, prepared in zip(self.layers, memories, strict=True):
+            x = layer(x, queries, prepared, padding)
             states.append(x)
         return states
 
@@ -219,7 +164,7 @@ class Transformer(nn.Module):
         dim_feedforward (int): hidden channels of the feed-forward blocks.
         dropout (float): probability.
         pre_norm (bool): norms before the blocks.
-        attention (type): :class:`Attention` or :class:`ReferenceAttention`.
+        attention (Attentions): ``FUSED`` or ``REFERENCE`` of `detr_fast.models.attention`.
     """
 
     def __init__(
@@ -231,7 +176,7 @@ class Transformer(nn.Module):
         dim_feedforward: int,
         dropout: float,
         pre_norm: bool,
-        attention: type[nn.MultiheadAttention] = Attention,
+        attention: Attentions = FUSED,
     ) -> None:
         super().__init__()
         layer = (attention, width, heads, dim_feedforward, dropout, pre_norm)
@@ -250,7 +195,7 @@ class Transformer(nn.Module):
         self,
         features: Tensor,
         position: Tensor,
-        padding: Tensor | None,
+        padding: Padding | None,
         queries: Tensor,
         every_layer: bool = True,
     ) -> Tensor:
@@ -258,8 +203,8 @@ class Transformer(nn.Module):
 
         Args:
             features (Tensor[B, L, C]): projected features, one row a cell.
-            position (Tensor[B, L, C]): encoding of the cells' places.
-            padding (BoolTensor[B, L]): True for cells that are padding; None if there are none.
+            position (Tensor[B, L, C] | Tensor[L, C]): encoding of the cells' places.
+            padding (Padding | None): cells that are padding; None if there are none.
             queries (Tensor[Q, C]): learned position of the queries.
             every_layer (bool): return the states behind every decoder layer, not the last alone.
 

@@ -90,7 +90,7 @@ def exponents() -> np.ndarray:
 def pairs_to_pack() -> np.ndarray:
     values = RANDOM.standard_normal((64, 2)).astype(np.float32)
     halfway = 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-8, 1 + 3 * 2.0**-8  # to even
-    values[:3] = halfway[:2], halfway[2:], (np.inf, -1e30)
+    values[:4] = halfway[:2], halfway[2:], (np.inf, -1e30), (1, 1)
     return values
 
 
@@ -153,7 +153,7 @@ CASES = {
         rows(1, np.float32),
         tolerance={0: (2.0**-22, 0)},  # 2 ulp
     ),
-    "packed_values": Case((pairs_to_pack(),), rows(5, np.uint32)),
+    "packed_values": Case((pairs_to_pack(),), rows(7, np.uint32)),
 }
 for case in CASES.values():
     for array in case.inputs:

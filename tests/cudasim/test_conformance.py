@@ -242,8 +242,10 @@ def test_powers_of_two(launch):
 
 def test_packed_values(launch):
     (values,) = CASES["packed_values"].inputs
-    halves, brains, *masks = filled(launch, "packed_values")
-    for bits, kind in ((halves, torch.half), (brains, torch.bfloat16)):
+    halves, brains, *masks, half_ones, brain_ones = filled(launch, "packed_values")
+    kinds = ((halves, half_ones, torch.half), (brains, brain_ones, torch.bfloat16))
+    for bits, ones, kind in kinds:
+        assert (ones.view(np.int16) == torch.ones(1).to(kind).view(torch.int16).item()).all()
         rounded = torch.from_numpy(values.copy()).to(kind).view(torch.int32)[:, 0]
         np.testing.assert_array_equal(bits.view(np.int32), rounded)
     signs = values.view(np.int8) < 0  # of eight bytes

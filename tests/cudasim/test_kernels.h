@@ -46,3 +46,9 @@ bool register_test_kernel(const char* name, void (*kernel)(Parameters...)) {
 }  // namespace cudasim
 
 #endif
+
+// A kernel of selfcheck*.cu.
+#define SELFCHECK(name)                              \
+  __global__ void name(const int* values, int* out); \
+  CUDASIM_TEST_KERNEL(name)                          \
+  __global__ void name(const int* values, int* out)

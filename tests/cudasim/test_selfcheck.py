@@ -10,9 +10,11 @@ import pytest
 from tests.cudasim import SCHEDULES, load_test_kernels, scheduled
 
 pytestmark = pytest.mark.usefixtures("needs_simulator")
-SOURCE = Path(__file__).parent / "kernels/selfcheck.cu"
+KERNELS = Path(__file__).parent / "kernels"
+SOURCES = (KERNELS / "selfcheck.cu", KERNELS / "selfcheck_mma.cu")
 THREAD = r"thread \(\d+,0,0\) \[warp \d lane \d+\] of block \(\d,0,0\)"
 UPDATES, DYNAMIC, TWO_BLOCKS = {"updates": True}, {"shared_bytes": 256}, {"grid": (2, 1, 1)}
+ROWS = {"shared_bytes": 1024}  # 64 of 16 bytes
 
 # what the report says before it names thread, file and line
 FAULTS = {
@@ -34,6 +36,33 @@ FAULTS = {
     "deadlock": ("deadlock: no thread can run; .* wait in __sync", {}),
     "spin_wait": ("endless loop or spin wait", UPDATES),
     "endless_loop": ("endless loop", {}),
+    "read_before_wait": (r"read too early of shared array rows\+\d+", {}),
+    "wait_without_commit": (r"read too early of shared array rows\+\d+", {}),
+    "wait_for_too_few": (r"read too early of shared array others\+\d+", {}),
+    "no_barrier_after_wait": (r"race on shared array rows|too early of shared array rows", {}),
+    "barrier_before_wait": (r"race on shared array rows|too early of shared array rows", {}),
+    "write_under_a_copy": ("write to where an asynchronous copy was on its way to", {}),
+    "exit_before_copies_have_landed": ("exit with 1 asynchronous copies that were not", {}),
+    "exit_with_uncommitted_copies": ("exit with 1 asynchronous copies that were not", {}),
+    "misaligned_copy": ("misaligned asynchronous copy of 16 bytes", {}),
+    "copy_past_input": (r"out-of-bounds read of 16 bytes, input 0\+256 of 256 bytes", {}),
+    "copy_past_shared": (r"write of 16 bytes, dynamic shared memory\+1024", ROWS),
+    "copy_to_global": (r"write of output 1\+\d+ as shared memory", {}),
+    "copy_to_local": ("write of local memory as shared memory", {}),
+    "stage_still_read": (r"race on shared array stages\+\d+|too early of shared array stages", {}),
+    "load_before_wait": (r"read too early of shared array rows\+\d+", {}),
+    "load_without_barrier": (r"race on shared array rows\+\d+: .* no barrier", {}),
+    "load_orders_nothing": (r"race on shared array rows\+\d+: .* no barrier", {}),
+    "misaligned_row": ("load_matrices of a row that is not on a 16-byte boundary", {}),
+    "row_past_shared": (r"read of 16 bytes, dynamic shared memory\+1024", ROWS),
+    "row_uninitialised": (r"read of uninitialised shared array rows\+144", {}),
+    "row_in_global": (r"read of input 0\+\d+ as shared memory", {}),
+    "divergent_products": ("divergent warp: other lanes of its mask wait in multiply_add", {}),
+    "product_of_half_a_warp": ("deadlock: .* 32 wait in multiply_add", {}),
+    "product_of_a_partial_warp": (
+        "multiply_add without all lanes of its warp",
+        {"block": (40, 1, 1)},
+    ),
     "read_past_input": (r"out-of-bounds read of 4 bytes, input 0\+256 of 256 bytes", {}),
     "write_past_output": (r"out-of-bounds write of 4 bytes, output 1\+256 of 256 bytes", {}),
     "cached_read_past_input": (r"out-of-bounds read of 4 bytes, input 0\+256", {}),
@@ -88,6 +117,8 @@ SHARED = {
 CORRECT = {
     "with_syncthreads": {},
     "with_syncwarp": {},
+    "copies_in_order": {},
+    "stage_no_longer_read": {},
     "atomics_then_barrier": UPDATES,
     "atomics_between_blocks": UPDATES | TWO_BLOCKS,
     "shuffle_within_mask": {},
@@ -105,14 +136,23 @@ FAST = {
     "too_much_local_memory": "stack overflow",
     "shuffle_from_missing_lane": "lane 0 reads lane 20",
     "deadlock": "deadlock",
+    "exit_before_copies_have_landed": "exit with 1 asynchronous copies",
+    "misaligned_copy": "misaligned asynchronous copy",
+    "misaligned_row": "not on a 16-byte boundary",
+    "product_of_half_a_warp": "deadlock",
     "endless_loop": "endless loop",
     "spin_wait": "endless loop",
 }
 
 
+def load_kernels(check=True):
+    for source in SOURCES:
+        load_test_kernels(source, check)
+
+
 @pytest.fixture(params=SCHEDULES)
 def schedule(request):
-    load_test_kernels(SOURCE)
+    load_kernels()
     return request.param
 
 
@@ -124,16 +164,16 @@ def launch(name, settings, grid=(1, 1, 1), block=(64, 1, 1), **options):
         return out
 
 
-def marked_line(kernel):
-    """The line of the fault in a kernel of SOURCE, or None."""
-    lines = SOURCE.read_text().splitlines()
-    start = next(i for i, line in enumerate(lines) if f"SELFCHECK({kernel})" in line)
-    for number, line in enumerate(lines[start:], start + 1):
-        if "// FAULT" in line:
-            return number
-        if line == "}":
-            return None
-    raise AssertionError(f"{kernel} does not end")
+def place_of(kernel):
+    """A pattern of file and line of a kernel's fault; of any line where none is marked."""
+    for source in SOURCES:
+        lines = source.read_text().splitlines()
+        for start, line in enumerate(lines):
+            if f"SELFCHECK({kernel})" in line:
+                end = start if "}" in line else lines.index("}", start)
+                marked = [i for i in range(start, end + 1) if "// FAULT" in lines[i]]
+                return rf"{source.name}:" + (rf"{marked[0] + 1}\b" if marked else r"\d+")
+    raise AssertionError(f"no source has {kernel}")
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -145,9 +185,7 @@ def test_fault_is_reported(schedule, fault):
     message = str(error.value)
     assert message.startswith(f"cudasim: launch of {fault}: ")
     if fault != "output_not_written":  # nobody did it anywhere
-        line = marked_line(fault)
-        place = f"selfcheck.cu:{line or ''}"
-        assert re.search(place + (r"\b" if line else ""), message), f"{place} in {message}"
+        assert re.search(place_of(fault), message), f"{place_of(fault)} in {message}"
         assert re.search(THREAD, message)
         assert "at offset" not in message  # every place has its line
 
@@ -180,7 +218,7 @@ def test_too_much_shared_memory_is_refused(schedule, case):
 
 
 def test_shared_memory_of_a_smaller_device():
-    load_test_kernels(SOURCE)
+    load_kernels()
     with pytest.raises(RuntimeError, match="100256 bytes of shared memory, limit 100255"):
         launch("opted_in", {"max_shared_bytes": 100255}, shared_bytes=100000)
     with pytest.raises(RuntimeError, match="100000 bytes of shared memory, limit 99999"):
@@ -191,21 +229,21 @@ def test_shared_memory_of_a_smaller_device():
 
 @pytest.mark.parametrize("fault", FAST)
 def test_fast_build_reports_what_stops_it(fault):
-    load_test_kernels(SOURCE, check=False)
+    load_kernels(check=False)
     with pytest.raises(RuntimeError, match=FAST[fault]) as error:
         launch(fault, {"watchdog_seconds": 0.05}, check=False)
     assert re.search(THREAD, str(error.value))
-    assert f"selfcheck.cu:{marked_line(fault)}" in str(error.value)
+    assert re.search(place_of(fault), str(error.value))
 
 
 def test_fast_build_finds_writes_past_dynamic_shared_memory():
-    load_test_kernels(SOURCE, check=False)
+    load_kernels(check=False)
     with pytest.raises(RuntimeError, match="0 bytes past the end of dynamic shared memory"):
         launch("write_past_dynamic_shared", {}, shared_bytes=256, check=False)
 
 
 def test_fast_build_poisons_shared_memory_of_every_block():
-    load_test_kernels(SOURCE, check=False)
+    load_kernels(check=False)
     options = {"check": False, "updates": True}
     assert (launch("dynamic_shared_uninitialised", {}, shared_bytes=256, **options) == -1).all()
     assert (launch("shared_of_another_block", {}, **TWO_BLOCKS, **options)[64:] == -1).all()

@@ -17,9 +17,21 @@ def test_pad_images_fills_right_and_bottom_with_zeros():
     assert batch.mask.dtype == torch.bool
     real = [[1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]], [[1, 0, 0, 0]] * 3
     assert_close(~batch.mask, torch.tensor(real).bool())
-    for image, padded, mask in zip(images, *batch, strict=True):
+    assert batch.sizes.dtype == torch.int32
+    assert batch.sizes.tolist() == [[2, 4], [3, 1]]
+    for image, padded, mask in zip(images, batch.tensors, batch.mask, strict=True):
         assert_close(padded[:, ~mask], image.flatten(1))
         assert not padded[:, mask].any()
+
+
+def test_images_of_one_size_have_no_padding():
+    images = [torch.ones(3, 2, 4), torch.zeros(3, 2, 4)]
+    batch = pad_images(images)
+    assert batch.sizes is None
+    assert_close(batch.tensors, torch.stack(images))
+    assert batch.mask.shape == (2, 2, 4)
+    assert not batch.mask.any()
+    assert batch.to("meta").sizes is None
 
 
 def test_pad_images_keeps_the_dtype():
@@ -42,9 +54,10 @@ def test_pad_images_names_the_image(images, message):
 
 
 def test_image_batch_moves_as_one():
-    moved = pad_images([torch.ones(3, 2, 2)]).to("meta")
+    moved = pad_images([torch.ones(3, 2, 2), torch.ones(3, 1, 2)]).to("meta")
     assert isinstance(moved, ImageBatch)
     assert moved.tensors.is_meta
+    assert moved.sizes.is_meta
     assert moved.mask.is_meta
 
 

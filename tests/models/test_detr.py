@@ -11,7 +11,6 @@ from torch.testing import assert_close
 from detr_fast.data.batch import ImageBatch
 from detr_fast.models import ModelConfig, build_detr
 from detr_fast.models.backbone import ResNet
-from detr_fast.models.detr import _padded_cells
 from tests.models.random_models import (
     SMALL,
     gradients,
@@ -150,24 +149,28 @@ def test_forms_of_input_agree():
     model = random_detr()
     images = random_images((40, 64), (40, 64))
     stacked = torch.stack(images)
-    batch = ImageBatch(stacked, torch.zeros(2, 40, 64, dtype=torch.bool))
     expected = model(stacked)
-    assert_close(model(images), expected, rtol=0, atol=0)
-    assert_close(model(tuple(images)), expected, rtol=0, atol=0)
-    assert_close(model(batch), expected)
-    assert_close(model(SimpleNamespace(tensors=batch.tensors, mask=batch.mask)), expected)
+    for same in (images, tuple(images), ImageBatch(stacked)):
+        assert_close(model(same), expected, rtol=0, atol=0)
+    full = torch.tensor([(40, 64)] * 2, dtype=torch.int32)
+    mask = torch.zeros(2, 40, 64, dtype=torch.bool)
+    assert_close(model(ImageBatch(stacked, full)), expected)
+    assert_close(model(SimpleNamespace(tensors=stacked, mask=mask)), expected)
 
 
 def test_list_of_sizes_is_padded_and_masked():
     model = random_detr()
     images = random_images((40, 64), (64, 32))
-    batch = ImageBatch(torch.zeros(2, 3, 64, 64), torch.ones(2, 64, 64, dtype=torch.bool))
+    batch = SimpleNamespace(
+        tensors=torch.zeros(2, 3, 64, 64), mask=torch.ones(2, 64, 64, dtype=torch.bool)
+    )
     for i, image in enumerate(images):
         _, height, width = image.shape
         batch.tensors[i, :, :height, :width] = image
         batch.mask[i, :height, :width] = False
     outputs = model(images)
-    assert_close(outputs, model(batch), rtol=0, atol=0)
+    assert_close(outputs, model(random_batch((40, 64), (64, 32))), rtol=0, atol=0)
+    assert_close(outputs, model(batch))
     unmasked = model(batch.tensors)
     assert not torch.allclose(outputs["pred_logits"], unmasked["pred_logits"], rtol=1e-3)
 
@@ -192,17 +195,6 @@ def test_padding_does_not_move_an_image_among_its_neighbours():
     assert_close(first["pred_boxes"][0], second["pred_boxes"][1], rtol=1e-4, atol=1e-5)
 
 
-def test_mask_is_sampled_to_the_nearest_cell():
-    """Of 10 columns in 7, a cell is padding when the pixel at floor(i * 10 / 7) is."""
-    mask = torch.zeros(1, 10, 10, dtype=torch.bool)
-    mask[:, :, 6:] = True
-    mask[:, 3:] = True
-    cells = _padded_cells(mask, torch.zeros(1, 1, 7, 7))
-    real = ~cells[0]
-    assert real.any(0).tolist() == [i * 10 // 7 < 6 for i in range(7)]
-    assert real.any(1).tolist() == [i * 10 // 7 < 3 for i in range(7)]
-
-
 @pytest.mark.parametrize("folded", [True, False], ids=["fast", "reference"])
 def test_odd_sizes_give_finite_boxes(folded):
     model = random_detr(replace(SMALL, dilation=True), folded=folded)
@@ -213,12 +205,15 @@ def test_odd_sizes_give_finite_boxes(folded):
         assert outputs["pred_logits"].isfinite().all()
 
 
+@pytest.mark.parametrize("form", ["sizes", "mask"])
 @pytest.mark.parametrize("folded", [True, False], ids=["fast", "reference"])
-def test_an_image_that_is_all_padding_gives_no_nan(folded):
+def test_an_image_that_is_all_padding_gives_no_nan(folded, form):
     model = random_detr(folded=folded)
-    batch = random_batch((64, 64), (64, 64))
-    expected = model(batch)
-    batch.mask[1] = True
+    tensors = random_batch((64, 64), (64, 64)).tensors
+    expected = model(tensors)
+    batch = ImageBatch(tensors, torch.tensor([(64, 64), (0, 64)], dtype=torch.int32))
+    if form == "mask":
+        batch = SimpleNamespace(tensors=batch.tensors, mask=batch.mask)
     outputs = model(batch)
     assert_close(outputs["pred_boxes"][0], expected["pred_boxes"][0])
     weighted_sum(outputs["pred_logits"], outputs["pred_boxes"]).backward()
@@ -241,14 +236,26 @@ def test_an_image_that_is_all_padding_gives_no_nan(folded):
         ("cat.jpg", TypeError, "got str"),
         ([None], TypeError, r"images\[0\]: .*got NoneType"),
         (
-            ImageBatch(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 9, dtype=torch.bool)),
+            SimpleNamespace(
+                tensors=torch.rand(2, 3, 8, 8), mask=torch.zeros(2, 8, 9, dtype=torch.bool)
+            ),
             ValueError,
             r"mask: expected shape \(2, 8, 8\), got \(2, 8, 9\)",
         ),
         (
-            ImageBatch(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8)),
+            SimpleNamespace(tensors=torch.rand(2, 3, 8, 8), mask=torch.zeros(2, 8, 8)),
             TypeError,
             r"mask: expected torch\.bool, .*got torch\.float32",
+        ),
+        (
+            ImageBatch(torch.rand(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool)),
+            TypeError,
+            r"sizes: expected torch\.int32, got torch\.bool",
+        ),
+        (
+            ImageBatch(torch.rand(2, 3, 8, 8), torch.ones(1, 2, dtype=torch.int32)),
+            ValueError,
+            r"sizes: expected shape \(2, 2\), got \(1, 2\)",
         ),
     ],
     ids=str,
@@ -287,7 +294,7 @@ def test_model_of_another_dtype(dtype):
     expected = random_detr()(random_batch((64, 96), (50, 33)))
     model = random_detr().to(dtype)
     batch = random_batch((64, 96), (50, 33))
-    outputs = model(ImageBatch(batch.tensors.to(dtype), batch.mask))
+    outputs = model(ImageBatch(batch.tensors.to(dtype), batch.sizes))
     assert outputs["pred_boxes"].dtype == torch.promote_types(dtype, torch.float32)
     boxes = outputs["pred_boxes"].float()
     tolerance = 0.05 if dtype == torch.bfloat16 else 1e-4

@@ -28,7 +28,7 @@ def batch(count):
 
 def attention_to_cells(model, images, layer):
     """Weights (B, heads, Q, 8, 8) with which the placed queries of a layer attend to the image."""
-    position = model.backbone[1](torch.zeros(1, 8, 8, dtype=torch.bool)).flatten(1, 2)
+    position = model.backbone[1](torch.empty(1, 0, 8, 8), None)
     features = model.input_proj(model.backbone[0](images)).flatten(2).transpose(1, 2)
     keys = model.transformer.encoder(features, position, None) + position
     attention = model.transformer.decoder.layers[layer].multihead_attn

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from tests.cudasim import build, simulate
-from tests.mutations import checks
+from tests.mutations.checks import failure
 from tests.mutations.mutants import Mutant
+from tests.mutations.subjects import Subject
 
 NAMESPACE = "detr_fast_mutant"
 DEFINES = [f"-DDETR_FAST_NAMESPACE={NAMESPACE}", "-DDETR_FAST_CUDA_KEY=CPU"]
@@ -33,11 +34,6 @@ class Verdict(NamedTuple):
     mutant: Mutant
     outcome: str
     reason: str
-
-
-def sources(csrc: Path) -> list[Path]:
-    """What a library of simulated box ops is made of."""
-    return [csrc / "ops.cpp", *sorted([*csrc.rglob("*_cuda.cpp"), *csrc.rglob("*.cu")])]
 
 
 @functools.cache
@@ -86,15 +82,13 @@ def processor_seconds() -> float:
 class Judge:
     """Keeps the objects and the right answers; mutants differ from them in one file."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, subject: Subject, folder: Path):
         torch.set_num_threads(1)
         self.folder, self.limit = folder, 600
-        self.checks = checks.all_checks()
-        self.right = checks.expected(self.checks)
-        checks.failure(self.checks[0], self.right[0])  # its imports, before processes are forked
+        self.checks = subject.checks()
         self.objects = {}
         self.headers = {}
-        for source in sources(build.CSRC):
+        for source in subject.sources():
             self.headers[source] = precompile(source, folder)
             self.objects[source] = folder / f"{source.stem}.o"
             self._compile(source, self.objects[source], build.CSRC)
@@ -154,10 +148,10 @@ class Judge:
         simulate.library = lambda *_: library
         for schedule in simulate.SCHEDULES:
             with simulate.simulated(namespace=NAMESPACE, schedule=schedule, watchdog_seconds=2):
-                for check, right in zip(self.checks, self.right, strict=True):
-                    if schedule != "forward" and check.dtype == torch.float64:
-                        continue  # the schedule does not depend on the type
-                    if reason := checks.failure(check, right):
+                for check in self.checks:
+                    if schedule != simulate.SCHEDULES[0] and not check.every_schedule:
+                        continue
+                    if reason := failure(check):
                         connection.send(reason)
                         return
         connection.send("")

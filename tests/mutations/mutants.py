@@ -9,15 +9,16 @@ from typing import NamedTuple
 TOKEN = re.compile(
     r"//[^\n]*|/\*.*?\*/|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\"(?:\\.|[^\"\\])*\""
     r"|(?P<number>\d[\w.]*)|(?P<word>[A-Za-z_]\w*(?:\.[xyz]\b)?)"
-    r"|(?P<operator>->|::|\+\+|--|&&|\|\||<<|>>|[-+*/%<>=!]=|[^\w\s])",
+    r"|(?P<operator>->|::|\+\+|--|&&|\|\||<<|>>|[-+*/%<>=!&|^]=|[^\w\s])",
     re.DOTALL | re.MULTILINE,
 )
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "=="}
 OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "%": "/", "&&": "||", "||": "&&"}
-OPERATORS |= {"&": "|", "|": "&", "<<": ">>", ">>": "<<"}
+OPERATORS |= {"&": "|", "|": "&", "^": "|", "<<": ">>", ">>": "<<"}
 UPDATES = {"+=": "-=", "-=": "+=", "*=": "/=", "/=": "*=", "++": "--", "--": "++"}
-CALLS = {"smaller": "larger", "larger": "smaller", "min": "max", "max": "min"}
-BARRIERS = ("__syncthreads", "__syncwarp")
+UPDATES |= {"&=": "|=", "|=": "&=", "^=": "|="}
+CALLS = {"smaller": "larger", "larger": "smaller", "min": "max", "max": "min", "fmaxf": "fminf"}
+BARRIERS = ("__syncthreads", "__syncwarp", "commit_copies", "wait_for_copies")
 BUILT_IN = re.compile(r"(threadIdx|blockIdx)\.[xyz]")
 KINDS = ("barrier", "comparison", "constant", "index", "operator", "call")
 
@@ -70,14 +71,16 @@ def changes(text: str, tokens: list[re.Match], position: int):
     # the format tells a binary operator from a pointer, a reference, a template or a sign
     binary = text[start - 1] == " " and text[end : end + 1] in (" ", "\n")
     if token["number"]:
-        number = re.fullmatch(r"(\d+)([uUlL]*)|(\d+\.\d*)(f?)", word)
+        number = re.fullmatch(r"(\d+|0x[\da-fA-F]+)([uUlL]*)|(\d+\.\d*)(f?)", word)
         if number and number[1]:
-            yield start, word, f"{int(number[1]) + 1}{number[2]}", "constant"
+            more = int(number[1], 0) + 1
+            yield start, word, f"{hex(more) if 'x' in word else more}{number[2]}", "constant"
         elif number:
             yield start, word, f"{float(number[3]) + 1}{number[4]}", "constant"
     elif token["word"]:
-        called = tokens[position + 1][0] == "(" if position + 1 < len(tokens) else False
-        if word in BARRIERS and called:
+        after = tokens[position + 1][0] if position + 1 < len(tokens) else ""
+        called = after == "("
+        if word in BARRIERS and after in ("(", "<"):
             end = text.index(";", start)
             yield start, text[start:end], "", "barrier"
         elif BUILT_IN.fullmatch(word):
@@ -90,7 +93,7 @@ def changes(text: str, tokens: list[re.Match], position: int):
         yield start, word, OPERATORS[word], "operator"
     elif word in UPDATES:
         yield start, word, UPDATES[word], "operator"
-    elif word in ("-", "!") and text[end : end + 1] not in (" ", "\n"):
+    elif word in ("-", "!", "~") and text[end : end + 1] not in (" ", "\n"):
         yield start, word, "", "operator"
     elif word == "[" and (text[start - 1].isalnum() or text[start - 1] in "])_"):
         inside = text[end : closing(text, end)]

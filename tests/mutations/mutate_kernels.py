@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutation test of the box kernels: ``python -m tests.mutations.mutate_kernels``.
+"""Mutation test of kernels: ``python -m tests.mutations.mutate_kernels --subject boxes``.
 
 Breaks each barrier, comparison, constant, index and operator of the sources once, compiles every
 mutant for the simulator and runs the checks.  A mutant that no check notices is either listed in
@@ -18,11 +18,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from tests.cudasim.build import CSRC
 from tests.mutations.judge import Judge, Verdict
-from tests.mutations.mutants import KINDS, Mutant, mutants_of
+from tests.mutations.mutants import KINDS, Mutant
+from tests.mutations.subjects import SUBJECTS, Subject
 
-FILES = ("boxes/boxes_kernels.cu", "boxes/box_math.h", "boxes/boxes_cuda.cpp", "common/warp.cuh")
 EQUIVALENT = Path(__file__).parent / "equivalent.txt"
 SEPARATOR = " :: "
 OUTCOMES = ("generated", "invalid", "caught", "equivalent", "survived")
@@ -38,10 +37,6 @@ def equivalents() -> dict[tuple[str, str, str, int], str]:
             name, text, change, ordinal, reason = line.split(SEPARATOR)
             found[name, text, change, int(ordinal)] = reason
     return found
-
-
-def all_mutants() -> list[Mutant]:
-    return [mutant for name in FILES for mutant in mutants_of(CSRC / name)]
 
 
 def chosen(
@@ -63,11 +58,11 @@ def judge_one(mutant: Mutant) -> Verdict:
     return judge.judge(mutant)
 
 
-def verdicts(mutants: list[Mutant], jobs: int) -> Iterator[Verdict]:
+def verdicts(subject: Subject, mutants: list[Mutant], jobs: int) -> Iterator[Verdict]:
     """Judge mutants; raises RuntimeError where the sources fail before any change."""
     global judge
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        judge = Judge(Path(folder))
+        judge = Judge(subject, Path(folder))
         if reason := judge.unchanged():
             raise RuntimeError(f"the checks fail on the sources as they are: {reason}")
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
@@ -93,6 +88,7 @@ def table(judged: Iterable[Verdict]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subject", choices=SUBJECTS, default="boxes", help="folder of csrc")
     parser.add_argument("--only", metavar="FILE[:LINE]", help="mutants of one file or line")
     parser.add_argument("--kind", choices=KINDS, help="mutants of one kind")
     parser.add_argument("--sample", type=int, metavar="N", help="N mutants at even distances")
@@ -101,8 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     start = time.monotonic()
     listed, judged, unlisted = equivalents(), [], 0
-    mutants = chosen(all_mutants(), options.only, options.sample, options.kind)
-    for verdict in verdicts(mutants, options.jobs):
+    subject = SUBJECTS[options.subject]
+    mutants = chosen(subject.mutants(), options.only, options.sample, options.kind)
+    for verdict in verdicts(subject, mutants, options.jobs):
         judged.append(verdict)
         mutant, outcome, reason = verdict
         new = outcome == "survived" and mutant.key not in listed

@@ -7,8 +7,10 @@ import pytest
 
 from tests.cudasim import simulated
 from tests.cudasim.build import CSRC
-from tests.mutations import checks, mutate_kernels
+from tests.mutations import mutate_kernels
+from tests.mutations.checks import failure
 from tests.mutations.mutants import Mutant, mutants_of
+from tests.mutations.subjects import SUBJECTS
 
 SOURCE = """\
 #include <vector>
@@ -73,7 +75,7 @@ def test_mutant_differs_in_its_line_alone(mutants):
 
 
 def test_listed_mutants_exist():
-    known = {mutant.key for mutant in mutate_kernels.all_mutants()}
+    known = {mutant.key for subject in SUBJECTS.values() for mutant in subject.mutants()}
     stale = set(mutate_kernels.equivalents()) - known
     assert not stale, "no mutant of the sources reads like this: remove it from equivalent.txt"
 
@@ -85,17 +87,21 @@ def test_sample_takes_even_distances_and_only_takes_a_line():
     assert not mutate_kernels.chosen(mutants, "b.h", None)
 
 
-def test_sources_pass_every_check():
-    """Also what no other test asks: the limits of 32 bits, and no copy of boxes that lie well."""
-    every = checks.all_checks()
-    right = checks.expected(every)
+@pytest.mark.usefixtures("needs_simulator")
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_sources_pass_every_check(subject):
+    """Also what no other test asks: limits of 32 bits, and no copy of tensors that lie well."""
+    checks = SUBJECTS[subject].checks()
     with simulated():
-        reasons = [checks.failure(*check) for check in zip(every, right, strict=True)]
-    assert not any(reasons), next(filter(None, reasons))
+        reasons = [reason for check in checks if (reason := failure(check))]
+    assert not reasons, reasons[0]
 
 
 @pytest.mark.long
 @pytest.mark.usefixtures("needs_simulator")
-def test_checks_notice_every_mutant(capsys):
-    status = mutate_kernels.main([])
+@pytest.mark.parametrize(
+    "arguments", [["--subject=boxes"], ["--subject=attention", "--sample=150"]]
+)
+def test_checks_notice_every_mutant(arguments, capsys):
+    status = mutate_kernels.main(arguments)
     assert status == 0, capsys.readouterr().out

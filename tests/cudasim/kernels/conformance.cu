@@ -304,6 +304,8 @@ extern "C" __global__ void packed_values(const float2* values, unsigned* out) {
   rows.put(detr_fast::spread_signs(low, high, 0xba98));
   rows.put(detr_fast::spread_signs(low, high, 0xcfed));
   rows.put(detr_fast::spread_signs(low, high, 0x8888 | (threadIdx.x % 8) << 4));
+  rows.put(detr_fast::kOnes<__half>);
+  rows.put(detr_fast::kOnes<__nv_bfloat16>);
 }
 
 CUDASIM_TEST_KERNEL(shuffles)

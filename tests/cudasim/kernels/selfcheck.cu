@@ -8,11 +8,6 @@
 using detr_fast::kWarpSize;
 using detr_fast::kWholeWarp;
 
-#define SELFCHECK(name)                              \
-  __global__ void name(const int* values, int* out); \
-  CUDASIM_TEST_KERNEL(name)                          \
-  __global__ void name(const int* values, int* out)
-
 // ---- order of accesses
 
 SELFCHECK(missing_syncthreads) {

@@ -12,7 +12,7 @@ from detr_fast.ops import hungarian_match, linear_sum_assignment, set_loss
 from tests.cudasim.ptx import Memory
 from tests.cudasim.ptx.emit import product_kernels, toolkit
 from tests.cudasim.ptx.interpreted import interpreted
-from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled
+from tests.cudasim.simulate import MAX_SHARED_BYTES, scheduled, simulated
 from tests.ops.assignment_problems import problems
 from tests.ops.loss_cases import CROSS_ENTROPY, FOCAL, KINDS, VARIFOCAL, assert_near, loss_case, run
 from tests.ops.match_cases import CLASS_COSTS, DETR, assert_same_match, random_case
@@ -152,6 +152,49 @@ def test_emitted_losses_equal_the_cpu_op(home, class_loss, dtype):
         assert_near(ours, theirs, rtol)
 
 
+def attend(rows, dtype, dropout_p):
+    """Two steps of tiles; a head of each of two images; output and gradients."""
+    generator = torch.Generator().manual_seed(4)
+    queries, keys, options = rows
+    q, k, v, weight = (
+        torch.randn(2, 1, length, 32, generator=generator).to(dtype).requires_grad_()
+        for length in (queries, keys, keys, queries)
+    )
+    torch.manual_seed(5)  # of the seed for dropout
+    out = detr_fast.ops.attention(q, k, v, dropout_p=dropout_p, **options)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+
+
+RECT = torch.tensor([[9, 8], [2, 9]], dtype=torch.int32)
+ATTENTION = {  # as for the encoder, as for the decoder
+    "rectangle": (90, 90, {"query_rect": RECT, "key_rect": RECT, "padded_width": 9}),
+    "few queries": (20, 70, {"key_count": torch.tensor([70, 33], dtype=torch.int32)}),
+}
+ATTENTIONS = [
+    (rows, dtype, dropout_p)
+    for rows in ATTENTION
+    for dtype in (torch.half, torch.bfloat16)
+    for dropout_p in (0, 0.25)
+]
+
+
+@functools.cache
+def attend_on_ptx(rows, dtype, dropout_p, home):
+    with interpreted(home) as interpreter:
+        found = attend(ATTENTION[rows], dtype, dropout_p)
+    return found, interpreter.launched
+
+
+@pytest.mark.parametrize(("rows", "dtype", "dropout_p"), ATTENTIONS)
+def test_emitted_attention_equals_the_simulated(home, rows, dtype, dropout_p):
+    found, launched = attend_on_ptx(rows, dtype, dropout_p, home)
+    assert launched
+    with simulated():
+        expected = attend(ATTENTION[rows], dtype, dropout_p)
+    step = torch.finfo(dtype).eps  # sums are rounded to it, in another order
+    assert_close(found, expected, atol=step, rtol=2 * step)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
     for dtype in (torch.float32, torch.float64):
@@ -160,6 +203,7 @@ def test_every_kernel_has_a_case(home):
         launched |= set().union(
             *(losses_on_ptx(loss, dtype, home)[2] for loss in (CROSS_ENTROPY, FOCAL, VARIFOCAL))
         )
+    launched |= set().union(*(attend_on_ptx(*case, home)[1] for case in ATTENTIONS))
     assert launched == set(product_kernels(home))
 
 
