@@ -64,13 +64,29 @@ def test_along_any_dimension(shape, dim):
 
 
 @pytest.mark.parametrize(("dim", "of_block"), [(0, 2), (2, 0), (1, 2)])
-def test_slices_along_another_dimension_are_stacked(dim, of_block):
+def test_slices_along_another_dimension_of_the_block(dim, of_block):
     shape = (4, 3, 2, 5)
     block = torch.empty(3 * math.prod(shape), dtype=torch.float64)
     found = gradient(block, shape=shape, dim=dim, of_block=of_block)
-    assert found.data_ptr() != block.data_ptr()
+    assert found.data_ptr() == block.data_ptr()
     numbers = torch.arange(3.0, dtype=torch.float64)
     assert_close(found.movedim(dim, -1), numbers.expand(*shape, 3))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 3), (0, 2, 4)], ids=str)
+def test_part_of_a_block_is_the_gradient(order):
+    """As of queries and keys, where the block has the values, too."""
+    block = torch.empty(5 * 10, dtype=torch.float64)
+    found = gradient(block, order, dim=1)
+    assert found.untyped_storage().data_ptr() == block.data_ptr()
+    assert_close(found[0, :, 0], torch.tensor(order, dtype=torch.float64))
+
+
+def test_one_slice_is_not_copied():
+    stacked = torch.zeros(1, 2, 5, dtype=torch.float64, requires_grad=True)
+    block = torch.empty(10, dtype=torch.float64)
+    total = InOneBlock.apply(block, (0,), 0, *unbind_layers(stacked))
+    assert torch.autograd.grad(total, stacked)[0].data_ptr() == block.data_ptr()
 
 
 @pytest.mark.parametrize("order", [(0, 2, 1), (1, 1, 1), (2, 1, 0)], ids=str)
@@ -81,7 +97,7 @@ def test_others_are_stacked(order):
     assert_close(found[:, 0, 0], torch.tensor(order, dtype=torch.float64))
 
 
-def test_a_block_with_a_gap_is_none():
+def test_a_block_with_uneven_gaps_is_none():
     block = torch.empty(40, dtype=torch.float64)
     assert_close(gradient(block, (0, 1, 3))[:, 0, 0], torch.tensor([0, 1, 3.0]).double())
 
