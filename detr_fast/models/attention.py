@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detr_fast import ops
 from detr_fast.models.inference_cache import InferenceCache
 from detr_fast.models.padding import Padding
+from detr_fast.ops.layers import unbind_layers
 
 Memory = tuple[Tensor, ...]  # what a cross-attention looks at, as its own class prepared it
 
@@ -73,7 +74,7 @@ class SelfAttention(_Fused):
             of_both, of_values = weight.split([2 * width, width])
             bias_of_both, bias_of_values = bias.split([2 * width, width])
             both = F.linear(x + position, of_both, bias_of_both)
-            q, k = both.unflatten(-1, (2, *heads)).unbind(2)
+            q, k = unbind_layers(both.unflatten(-1, (2, *heads)), dim=2)
             v = F.linear(x, of_values, bias_of_values).unflatten(-1, heads)
         return self.attend(q, k, v, padding, of_itself=True)
 

@@ -65,7 +65,11 @@ class _Unbind(torch.autograd.Function):
 
 
 def _block_of(slices: Sequence[Tensor], dim: int) -> Tensor | None:
-    """The contiguous tensor that these are the slices of, in order; None if there is none."""
+    """The tensor that these are the slices of, in order; None if there is none.
+
+    It is packed from ``dim`` on. The dimensions before may be those of a larger block: queries and
+    keys are two of the three slices that attention's gradients make.
+    """
     if any(part.requires_grad for part in slices):  # to be differentiated again
         return None
     first = slices[0]
@@ -73,14 +77,15 @@ def _block_of(slices: Sequence[Tensor], dim: int) -> Tensor | None:
         storages = {part.untyped_storage()._cdata for part in slices}
     except (RuntimeError, NotImplementedError):  # within torch.func a tensor has none
         return None
-    shape = (*first.shape[:dim], len(slices), *first.shape[dim:])
-    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    own = strides[:dim] + strides[dim + 1 :]
+    step = math.prod(first.shape[dim:])
     starts = [part.storage_offset() - first.storage_offset() for part in slices]
-    in_order = starts == [i * strides[dim] for i in range(len(slices))]
+    in_order = starts == [i * step for i in range(len(slices))]
+    packed = [math.prod(first.shape[i + 1 :]) for i in range(dim, first.dim())]
+    own = [*first.stride()[:dim], *packed]
     if len(storages) > 1 or not in_order or not all(_has_strides(part, own) for part in slices):
         return None
-    return first.as_strided(shape, strides)
+    shape = (*first.shape[:dim], len(slices), *first.shape[dim:])
+    return first.as_strided(shape, (*own[:dim], step, *packed))
 
 
 def _has_strides(tensor: Tensor, strides: Sequence[int]) -> bool:
