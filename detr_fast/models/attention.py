@@ -26,15 +26,17 @@ class _Fused(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, *, of_itself: bool
     ) -> Tensor:
         """Attend from heads to heads (Tensor[B, L, H, D]) and project what comes out."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
         rows = {}
-        if padding is not None and padding.rect is not None:
+        if padding is not None:
             rows = {"key_rect": padding.rect, "padded_width": padding.width}
             if of_itself:
                 rows["query_rect"] = padding.rect
-        elif padding is not None:
-            rows = {"mask": ~padding.cells[:, None, None, :]}
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **rows)
+            path = ops.backend("attention", q, k, v, dropout_p=dropout)[0]
+            if padding.rect is None or path != "fused":  # others would make this mask of the rect
+                rows = {"mask": ~padding.cells[:, None, None, :]}
+        out = ops.attention(q, k, v, dropout_p=dropout, **rows)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
 
 
