@@ -142,7 +142,7 @@ std::vector<Tensor> attention_backward_cuda(const Tensor& grad, const Tensor& q,
   const Tensor upstream = aligned(heads_second(grad)), result = aligned(heads_second(out));
   const Tensor sums = dense(lse), bits = dense(keep);
   const Tensor statistics = torch::stable::new_empty(
-      q, {images, heads, statistics_rows(int(queries)), 2}, ScalarType::Float);
+      q, {images, heads, statistics_rows(int(queries)), 4}, ScalarType::Float);
   AttentionGradients g = {};
   g.grad = heads_input(device, upstream);
   g.out = heads_input(device, result);

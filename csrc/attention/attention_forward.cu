@@ -286,7 +286,7 @@ template <typename S, bool kDropout, typename element_t>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_kernel(const AttentionInputs in, const AttentionOutputs out) {
   __shared__ __align__(128) Stage stages[S::kGroups * S::kStages];
-  __shared__ RowSteps row_steps;
+  __shared__ TileSource source;
   const int image = blockIdx.z, head = blockIdx.y, block_first = blockIdx.x * S::kRows;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = S::kGroups > 1 ? warp / S::kQueryWarps : 0,
@@ -307,12 +307,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   std::conditional_t<kDropout, Dropout<S>, NoDropout> dropout(in, out, queries, image, head, first,
                                                               begin * S::kWords, lane);
   Stage* const own = stages + group * S::kStages;
-  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, image, head, thread);
-  if (threadIdx.x == 0) row_steps.set(keys, S::Tiles::kPassRows);
+  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, thread);
+  if (threadIdx.x == 0) source.set(keys, S::Tiles::kPassRows, in.k, in.v, image, head);
   __syncthreads();
-  if (group_steps > 0) tiles.copy(own, row_steps);
-  commit_copies();
   int k_slot = columns_slot(lane), v_slot = S::Tiles::kTile + rows_slot(lane);
+  if (group_steps > 0) tiles.copy(own + k_slot, source);
+  commit_copies();
   // keys of the first group that are to come, and of how many more or less this one knows
   int ahead = S::kGroups > 1 ? group_steps * S::kKeys : keys.count;
   const int more = S::kGroups > 1 ? keys.count - (begin + group_steps) * S::kKeys : 0;
@@ -321,7 +321,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   for (; ahead > 0; ahead -= S::kKeys) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    if (ahead > S::kKeys) tiles.copy(own, row_steps);
+    if (ahead > S::kKeys) tiles.copy(own + (k_slot ^ S::Tiles::kStage), source);
     commit_copies();
     const int left = ahead + more;
     if (S::kGroups > 1 && left <= 0) continue;
@@ -360,7 +360,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     k_slot ^= S::Tiles::kStage;
     v_slot ^= S::Tiles::kStage;
   }
-  wait_for_copies<0>();
   if constexpr (S::kGroups > 1) {
     merge_groups<S>(state, stages, group, thread);
     if (group > 0) return;

@@ -28,7 +28,7 @@ struct AttentionGradients {
   HeadsInput grad, out;
   const float* lse;
   const uint32_t* keep;
-  float* statistics;  // workspace (images, heads, 2, statistics_rows(queries))
+  float* statistics;  // workspace (images, heads, statistics_rows(queries), 4)
   // (images, rows, heads, kHeadDim)
   void *grad_q, *grad_k, *grad_v;
   int64_t query_step, key_step;  // from row to row

@@ -25,19 +25,26 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kTileRow + ((chunk ^ (row / 2 % kChunks)) * kChunk);
 }
 
-// What a walk through real rows needs to know at each step. It is the same for all threads of a
-// block and stands in shared memory, as the main loops have no registers left.
+// What a walk through real rows needs to know at each step.
 struct RowSteps {
   int width, padding;      // of a row of the rectangle, and what follows it
   int columns, positions;  // a step is so many columns further in the rectangle, or less a row
   int end;                 // of the positions of real rows
+};
 
-  __device__ __forceinline__ void set(const Rows& rows, int step) {
-    width = rows.width;
-    padding = rows.padded_width - rows.width;
-    columns = step % rows.width;
-    positions = rows.position(step);
-    end = rows.end();
+// What copies of tiles need to know: real rows of a head of an image, of two tensors. It is the
+// same for all threads of a block and stands in shared memory, as the main loops have no registers
+// left.
+struct TileSource {
+  const char *a, *b;  // row 0
+  RowSteps steps;
+
+  __device__ __forceinline__ void set(const Rows& rows, int step, const HeadsInput& first,
+                                      const HeadsInput& second, int image, int head) {
+    a = static_cast<const char*>(first.data) + 2 * offset(first, image, head, 0);
+    b = static_cast<const char*>(second.data) + 2 * offset(second, image, head, 0);
+    steps = {rows.width, rows.padded_width - rows.width, step % rows.width, rows.position(step),
+             rows.end()};
   }
 };
 
@@ -75,42 +82,36 @@ class TilePair {
   static constexpr int kPassRows = kThreads / kChunks;
   static_assert(kPassRows % 8 == 0 && kRows % kPassRows == 0);
 
-  // Begins at row `first`; `thread` counts the kThreads threads that copy.
+  // Begins at row `first`; `thread` counts the kThreads threads that copy: a warp eight rows, a
+  // lane what lies at its columns_slot.
   __device__ __forceinline__ TilePair(const Rows& rows, int first, const HeadsInput& a,
-                                      const HeadsInput& b, int image, int head, int thread)
-      : walk_(rows, first + thread / kChunks),
-        slot_(swizzled(thread / kChunks, thread % kChunks)),
-        a_(in_register(chunk_of(a, image, head, thread))),
-        b_(in_register(chunk_of(b, image, head, thread))),
+                                      const HeadsInput& b, int thread)
+      : walk_(rows, first + thread / kWarpSize * 8 + thread % 8),
         a_step_(2 * a.row_step),
         b_step_(2 * b.row_step) {}
 
-  // Starts to copy the next kRows rows, zeros behind the last; commits nothing. `shared` is set to
-  // steps of kPassRows rows.
-  __device__ __forceinline__ void copy(Stage* stages, const RowSteps& shared) {
-    const RowSteps steps = shared;
+  // Starts to copy the next kRows rows, zeros behind the last; commits nothing. `to` is the stage's
+  // columns_slot, `shared` is set to steps of kPassRows rows.
+  __device__ __forceinline__ void copy(Stage* to, const TileSource& shared) {
+    const char *const a = shared.a, *const b = shared.b;
+    const RowSteps steps = shared.steps;
+    const int thread = in_register(int(threadIdx.x)) % kThreads;
+    const int chunk = thread % kWarpSize / 8 * kChunk;
+    to += thread / kWarpSize * 8 * kTileRow;
 #pragma unroll
     for (int pass = 0; pass < kRows / kPassRows; ++pass) {
-      Stage* const to = stages + slot_ + pass * (kPassRows * kTileRow);
-      const bool real = walk_.position() < steps.end;
-      copy_16_async(to, a_ + int64_t(walk_.position()) * a_step_, real);
-      copy_16_async(to + kTile, b_ + int64_t(walk_.position()) * b_step_, real);
+      const int position = walk_.position();
+      const bool real = position < steps.end;
+      copy_16_async(to, a + chunk + wide_product(position, a_step_), real);
+      copy_16_async(to + kTile, b + chunk + wide_product(position, b_step_), real);
       walk_.next(steps);
+      to += kPassRows * kTileRow;
     }
-    slot_ ^= kStage;
   }
 
  private:
-  static __device__ __forceinline__ const char* chunk_of(const HeadsInput& input, int image,
-                                                         int head, int thread) {
-    return static_cast<const char*>(input.data) + 2 * offset(input, image, head, 0) +
-           thread % kChunks * kChunk;
-  }
-
   RowWalk walk_;
-  int slot_;
-  const char *const a_, *const b_;
-  const int a_step_, b_step_;  // bytes from row to row
+  const int a_step_, b_step_;  // bytes
 };
 
 // Sixteen rows from global memory as fragments a of kSlices products, zeros where not real.
@@ -151,10 +152,12 @@ __device__ __forceinline__ int columns_slot(int lane) { return swizzled(lane % 8
 __device__ __forceinline__ int rows_slot(int lane) { return swizzled(lane % 16, lane / 16); }
 constexpr int kSliceStep = 2 * kChunk;
 
-// d (16 x 8) += a (16 rows) times the eight rows of a tile, transposed: dot products.
+// d (16 x 8) = a (16 rows) times the eight rows of a tile, transposed: dot products, plus c.
 template <typename element_t>
-__device__ __forceinline__ void add_dot_products(float (&d)[4], const uint32_t (&a)[kSlices][4],
-                                                 const uint32_t (&b)[4]) {
+__device__ __forceinline__ void dot_products(float (&d)[4], const uint32_t (&a)[kSlices][4],
+                                             const uint32_t (&b)[4], const float (&c)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
   multiply_add<element_t>(d, a[0], b[0], b[1]);
   multiply_add<element_t>(d, a[1], b[2], b[3]);
 }
@@ -162,8 +165,7 @@ __device__ __forceinline__ void add_dot_products(float (&d)[4], const uint32_t (
 template <typename element_t>
 __device__ __forceinline__ void dot_products(float (&d)[4], const uint32_t (&a)[kSlices][4],
                                              const uint32_t (&b)[4]) {
-  d[0] = d[1] = d[2] = d[3] = 0;
-  add_dot_products<element_t>(d, a, b);
+  dot_products<element_t>(d, a, b, {0, 0, 0, 0});
 }
 
 // d (16 x 32) += a (16 x 16) times sixteen rows of a tile; b[slice] is of load_matrices_transposed.

@@ -26,8 +26,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
 template <>
 __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32_t (&a)[4],
                                                      uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -36,8 +35,7 @@ __device__ __forceinline__ void multiply_add<__half>(float (&d)[4], const uint32
 template <>
 __device__ __forceinline__ void multiply_add<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4],
                                                             uint32_t b0, uint32_t b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -95,12 +93,28 @@ __device__ __forceinline__ uint32_t spread_signs(uint32_t low, uint32_t high, ui
   return mask;
 }
 
-// The pointer, of which the compiler no longer knows where it comes from: it keeps it in registers
-// and does not compute it anew in a loop.
+// The pointer or number, of which the compiler no longer knows where it comes from: it keeps it in
+// a register and does not compute it anew in a loop.
 template <typename T>
 __device__ __forceinline__ T* in_register(T* pointer) {
   asm volatile("" : "+l"(pointer));
   return pointer;
+}
+__device__ __forceinline__ float in_register(float number) {
+  asm volatile("" : "+f"(number));
+  return number;
+}
+__device__ __forceinline__ int in_register(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
+}
+
+// a * b, without the 64-bit product that the compiler makes of it once b is extended ahead of a
+// loop
+__device__ __forceinline__ int64_t wide_product(int a, int b) {
+  int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
 }
 
 // Two elements that are 1.

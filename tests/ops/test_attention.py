@@ -245,6 +245,20 @@ def test_no_back_end_of_sdpa_leaks(dtype, back_end):
     assert not any(x[1].any() for x in ours)
 
 
+def test_sdpa_need_not_know_of_empty_rows(monkeypatch):
+    """A back end may as well give NaN where a query has no key: 0 / 0."""
+
+    def unsafe(q, k, v, mask, dropout_p):
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    case = grid_case([(3, 5), (0, 0), (2, 6)], 4, 6, dtype=torch.float64)
+    counted = attention_case(9, 24, counts=(13, 0), dtype=torch.float64)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", unsafe)
+    for each in (case, counted):
+        assert_close(run(each), expected(each))
+
+
 MASKS = {
     "bool": lambda g: torch.rand(2, 1, 24, 24, generator=g) < 0.7,
     "of heads": lambda g: torch.rand(2, 1, 24, generator=g) < 0.7,

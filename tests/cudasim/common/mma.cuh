@@ -61,9 +61,11 @@ CUDASIM_UNCHECKED inline uint32_t spread_signs(uint32_t low, uint32_t high, uint
 }
 
 template <typename T>
-T* in_register(T* pointer) {
-  return pointer;
+T in_register(T value) {
+  return value;
 }
+
+inline int64_t wide_product(int a, int b) { return int64_t(a) * b; }
 
 template <typename element_t>
 constexpr uint32_t kOnes = 0;
