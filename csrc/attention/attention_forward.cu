@@ -356,7 +356,6 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     k_slot ^= S::Tiles::kStage;
     v_slot ^= S::Tiles::kStage;
   }
-  wait_for_copies<0>();
   if constexpr (S::kGroups > 1) {
     merge_groups<S>(state, stages, group, thread);
     if (group > 0) return;

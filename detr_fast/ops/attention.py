@@ -338,11 +338,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grads = _ops.attention_backward.default(grad, *ctx.saved_tensors, *ctx.options)
     # of self-attention one block, which unbind_layers(qkv, dim=2) recognises
     rows_first: Sequence[Tensor] = grads[0].unbind(2) if len(grads) == 1 else grads
-    needs = ctx.needs_input_grad
-    return tuple(
-        g.transpose(1, 2) if needed else None
-        for g, needed in zip(rows_first, needs[:3], strict=True)
-    )
+    return tuple(g.transpose(1, 2) for g in rows_first)
 
 
 def _attention_backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

@@ -23,13 +23,22 @@ __global__ void f_kernel(const T* __restrict__ in, T* out, int n) {
   if (i >= n && !done) return;
   sums[0][i] += -in[i] * T(0.5);
   __syncthreads();
+  wait_for_copies<0>();
+  slot ^= 0xffu & ~mask;
   out[i] = larger(in[i], T(0));
 }
 """
 CHANGES = {
-    "barrier": ["`__syncthreads()` -> ``"],
+    "barrier": ["`__syncthreads()` -> ``", "`wait_for_copies<0>()` -> ``"],
     "comparison": ["`>=` -> `>`"],
-    "constant": ["`32` -> `33`", "`0` -> `1`", "`0.5` -> `1.5`", "`0` -> `1`"],
+    "constant": [
+        "`32` -> `33`",
+        "`0` -> `1`",
+        "`0.5` -> `1.5`",
+        "`0` -> `1`",
+        "`0xffu` -> `0x100u`",
+        "`0` -> `1`",
+    ],
     "index": [
         "`threadIdx.x` -> `(threadIdx.x + 1)`",
         "`0` -> `0 + 1`",
@@ -42,6 +51,9 @@ CHANGES = {
         "`+=` -> `-=`",
         "`-` -> ``",
         "`*` -> `/`",
+        "`^=` -> `|=`",
+        "`&` -> `|`",
+        "`~` -> ``",
     ],
     "call": ["`larger` -> `smaller`"],
 }
@@ -100,7 +112,7 @@ def test_sources_pass_every_check(subject):
 @pytest.mark.long
 @pytest.mark.usefixtures("needs_simulator")
 @pytest.mark.parametrize(
-    "arguments", [["--subject=boxes"], ["--subject=attention", "--sample=150"]]
+    "arguments", [["--subject=boxes"], ["--subject=attention", "--sample=130"]]
 )
 def test_checks_notice_every_mutant(arguments, capsys):
     status = mutate_kernels.main(arguments)

@@ -187,6 +187,17 @@ def test_nothing_to_do(device, sizes, dropout_p):
         assert not any(x.any() for x in ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_padding_of_nothing(device, dtype):
+    cases = (
+        attention_case(5, 0, counts=(3, 0), dtype=dtype, device=device),
+        attention_case(0, 8, rects=[(2, 3), (1, 1)], padded_width=4, dtype=dtype, device=device),
+        grid_case([], 4, 6, dtype=dtype, device=device),
+    )
+    for case in cases:
+        assert not any(x.any() for x in run(case))
+
+
 @pytest.mark.parametrize(
     "needs",
     [(True, False, False), (False, True, False), (False, False, True), (True, False, True)],
@@ -243,6 +254,20 @@ def test_no_back_end_of_sdpa_leaks(dtype, back_end):
     assert_padding_is_zero(case, ours)
     assert_close(ours, expected(case), rtol=0.02, atol=0.02, check_dtype=False)
     assert not any(x[1].any() for x in ours)
+
+
+def test_sdpa_need_not_know_of_empty_rows(monkeypatch):
+    """A back end may as well give NaN where a query has no key: 0 / 0."""
+
+    def unsafe(q, k, v, mask, dropout_p):
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
+
+    case = grid_case([(3, 5), (0, 0), (2, 6)], 4, 6, dtype=torch.float64)
+    counted = attention_case(9, 24, counts=(13, 0), dtype=torch.float64)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", unsafe)
+    for each in (case, counted):
+        assert_close(run(each), expected(each))
 
 
 MASKS = {
