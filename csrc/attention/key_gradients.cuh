@@ -28,7 +28,8 @@ template <bool kDropout>
 class SideCopy {
  public:
   __device__ __forceinline__ SideCopy(const AttentionInputs& in, const AttentionGradients& out,
-                                      int image, int head, int first_key) {
+                                      const Rows& queries, int image, int head, int first_key)
+      : left_(queries.count) {
     static_assert(kThreads == 2 * kQueryStep && sizeof(Statistics) == 2 * kChunk);
     const int row = threadIdx.x % kQueryStep, words = keep_words(in.keys);
     if (kDropout && threadIdx.x < kQueryStep) {
@@ -41,21 +42,25 @@ class SideCopy {
     }
   }
 
-  // `left` queries are to come.
-  __device__ __forceinline__ void copy(Stage* sides, int left) {
+  // Whether there are queries whose tiles have not been copied.
+  __device__ __forceinline__ bool more() const { return left_ > 0; }
+
+  __device__ __forceinline__ void copy(Stage* sides) {
     const unsigned thread = in_register(threadIdx.x);
     const bool bits = thread < kQueryStep;
     const unsigned pair = thread % kQueryStep / 2, chunk = thread / kQueryStep * 2 + thread % 2;
     if (kDropout || !bits) {
       copy_16_async(sides + pair * sizeof(PairSide) + chunk * kChunk, from_,
-                    !bits || int(thread) < left);
+                    !bits || int(thread) < left_);
     }
     from_ += step_;
+    left_ -= kQueryStep;
   }
 
  private:
   const char* from_;
   unsigned step_;  // bytes; signed it would take two registers
+  int left_;       // queries
 };
 
 // What a thread copies. It stands in shared memory from step to step: the products in between need
@@ -64,7 +69,6 @@ template <bool kDropout>
 struct QueryCopies {
   QueryTiles tiles;
   SideCopy<kDropout> side;
-  int left;  // queries
 };
 constexpr int kSides = 2 * QueryTiles::kStage;  // where they begin in shared memory
 constexpr int kCopies = kSides + 2 * kSide;
@@ -92,7 +96,7 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
   }
   auto& copies = reinterpret_cast<QueryCopies<kDropout>*>(stages + kCopies)[threadIdx.x];
   copies = {QueryTiles(queries, 0, in.q, out.grad, image, head, threadIdx.x),
-            SideCopy<kDropout>(in, out, image, head, block_first), queries.count};
+            SideCopy<kDropout>(in, out, queries, image, head, block_first)};
   if (threadIdx.x == 0) row_steps.set(queries, QueryTiles::kPassRows);
   __syncthreads();
   int columns = columns_slot(lane), rows = rows_slot(lane);
@@ -101,11 +105,10 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
   const auto copy = [&](int stage, int side) {
     QueryCopies<kDropout> next = copies;
     next.tiles.copy(stages + stage, row_steps);
-    next.side.copy(sides + side, next.left);
-    next.left -= kQueryStep;
+    next.side.copy(sides + side);
     copies = next;
   };
-  bool more = queries.count > 0;
+  bool more = copies.side.more();
   if (more) copy(columns, 0);
   commit_copies();
   Sums dk = {}, dv = {};
@@ -113,7 +116,7 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
   while (more) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    more = copies.left > 0;
+    more = copies.side.more();
     if (more) copy(columns ^ QueryTiles::kStage, (beside & kSide) ^ kSide);
     commit_copies();
 #pragma unroll 1
