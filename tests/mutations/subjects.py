@@ -39,6 +39,9 @@ ATTENTION = Subject(
         for name in (
             "attention_forward.cu",
             "attention_backward.cu",
+            "gradients.cuh",
+            "key_gradients.cuh",
+            "query_gradients.cuh",
             "tiles.cuh",
             "rows.h",
             "dropout.h",
