@@ -3,19 +3,18 @@
 
 Both shapes of both kernels, lengths that end within each size of tile, rectangles on one and on
 both sides, heads in the layouts of the model, and NaN in all that is not real.  What is due comes
-from the reference in float64, the bits of dropout from a generator that numpy computes.
+from the reference in float64, the bits of dropout from its own generator.
 """
 
 from collections.abc import Iterator
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import detr_fast  # noqa: F401 (registers the ops)
-from detr_fast.reference.attention import KEEP_LEVELS, Rows, attention_keeping
+from detr_fast.reference.attention import KEEP_LEVELS, Rows, attention_keeping, dropout_mask
 from tests.mutations.checks import Check
 
 HALF, BFLOAT16 = torch.float16, torch.bfloat16
@@ -29,8 +28,7 @@ TOLERANCE = {
 }
 EXACT = {HALF: {"atol": 0, "rtol": 0}}  # of padding alone
 NAN = float("nan")
-SEED = 0x9E1D_7C3B_51F0_2A64
-WORD = np.uint64(0xFFFFFFFF)
+SEED = -0x61E2_83C4_AE0F_D59C
 MOST_ROWS = 2**30 - 1
 MOST_STEP = 2**30 - 8  # elements from row to row, a multiple of 16 bytes
 # of (2, 2, 21, 32), and where it begins
@@ -100,55 +98,26 @@ CASES = [
 # ---- what is due
 
 
-def philox(counter: list[np.ndarray], seed: int) -> list[np.ndarray]:
-    """Philox 4x32-7 (Salmon et al., SC 2011, section 3.2) on words in uint64."""
-    c0, c1, c2, c3 = counter
-    for turn in range(7):
-        k0 = np.uint64((seed + turn * 0x9E3779B9) & 0xFFFFFFFF)
-        k1 = np.uint64(((seed >> 32) + turn * 0xBB67AE85) & 0xFFFFFFFF)
-        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
-        c0, c1 = (product1 >> np.uint64(32)) ^ c1 ^ k0, product1 & WORD
-        c2, c3 = (product0 >> np.uint64(32)) ^ c3 ^ k1, product0 & WORD
-    return [c0, c1, c2, c3]
-
-
-def drawn_words(problems: int, queries: int, words: int, kept: int) -> np.ndarray:
-    """Of each of a word's keys, whether its number of 8 bits is below `kept`."""
-    problem, query, word = np.meshgrid(
-        *(np.arange(n, dtype=np.uint64) for n in (problems, queries, words)), indexing="ij"
-    )
-    planes = []
-    for half in range(2):
-        counter = [query, 2 * word + np.uint64(half), problem, np.zeros_like(word)]
-        planes += philox(counter, SEED)
-    bits = np.arange(32, dtype=np.uint64)
-    numbers = sum((plane[..., None] >> bits & np.uint64(1)) << np.uint64(i)
-                  for i, plane in enumerate(planes))  # fmt: skip
-    return ((numbers < kept) << bits).sum(-1).astype(np.uint32)
-
-
-def keys_bits(words: np.ndarray, keys: int) -> Tensor:
-    """The bits of the words in the order of the keys (BoolTensor[..., keys])."""
-    number = np.arange(keys)
-    return torch.from_numpy((words[..., number // 32] >> (number % 32 ^ 7) & 1).astype(bool))
-
-
-def stored(case: Case, real: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The words that a case stores, and where a key is kept in the padded sequences."""
+def stored(case: Case, rows: list[Rows], real: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The words that a case stores, and which weights it keeps in the padded sequences."""
     shape = (case.images, case.heads, case.queries)
     if case.kept == KEEP_LEVELS:
         return torch.empty(*shape, 0, dtype=torch.int32), None
+
+    def mask(*numbers: Tensor) -> Tensor:
+        of_images = (number.expand(case.images, -1) for number in numbers)
+        return dropout_mask(SEED, case.heads, case.kept, *of_images)
+
     in_row, step = (case.keys + 127) // 128 * 4, 32 if case.few else 64
-    words = drawn_words(case.images * case.heads, case.queries, in_row, case.kept)
-    words = words.reshape(*shape, in_row)
-    keep = torch.zeros(*shape, case.keys, dtype=torch.bool)
+    bits = mask(torch.arange(case.queries), torch.arange(32 * in_row))
     for image in range(case.images):
-        rows, keys = (mask[image].nonzero()[:, 0] for mask in real)
-        words[image, :, len(rows) :] = 0
-        words[image, :, :, -(-len(keys) // step) * step // 32 :] = 0
-        bits = keys_bits(words[image, :, : len(rows)], len(keys))
-        keep[image][:, rows[:, None], keys] = bits
-    return torch.from_numpy(words.view(np.int32)), keep
+        queries, keys = (int(which[image].sum()) for which in real)
+        bits[image, :, queries:] = False
+        bits[image, :, :, -(-keys // step) * step :] = False
+    words = (bits.view(*shape, in_row, 32).long() << (torch.arange(32) ^ 7)).sum(-1)
+    lengths = (case.queries, case.keys)
+    numbers = (of.numbers(case.images, n) for of, n in zip(rows, lengths, strict=True))
+    return words.to(torch.int32), mask(*numbers)
 
 
 def laid_out(heads: Tensor, layout: str) -> Tensor:
@@ -210,10 +179,10 @@ def case_checks(case: Case) -> Iterator[Check]:
         for mask in [of.mask(length)]
     ]
     tensors = inputs(case, real)
-    words, keep = stored(case, real)
+    words, keep = stored(case, rows, real)
     out, lse, gradients = reference(case, tensors, keep, rows)
     q, k, v, grad = tensors
-    seed = None if keep is None else torch.tensor(SEED - 2**64)
+    seed = None if keep is None else torch.tensor(SEED)
     options = {
         "copies": False if case.layout == "block" else None,
         "every_schedule": case.dtype == HALF,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TOKEN = re.compile(
-    r"//[^\n]*|/\*.*?\*/|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\"(?:\\.|[^\"\\])*\""
+    r"//[^\n]*|/\*.*?\*/|static_assert\([^;]*;|^[ \t]*#(?:[^\n]*\\\n)*[^\n]*|\"(?:\\.|[^\"\\])*\""
     r"|(?P<number>\d[\w.]*)|(?P<word>[A-Za-z_]\w*(?:\.[xyz]\b)?)"
     r"|(?P<operator>->|::|\+\+|--|&&|\|\||<<|>>|[-+*/%<>=!&|^]=|[^\w\s])",
     re.DOTALL | re.MULTILINE,

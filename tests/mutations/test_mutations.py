@@ -16,6 +16,7 @@ SOURCE = """\
 #include <vector>
 #define TWICE(x) (2 * (x))
 // a < b, [0] and "1 + 1" in comments stay as they are
+static_assert(sizeof(int) == 4);  // true in every mutant, or there is none
 template <typename T>
 __global__ void f_kernel(const T* __restrict__ in, T* out, int n) {
   __shared__ T sums[2][4];
