@@ -26,8 +26,8 @@ TAIL = 3000  # characters of a failing command's output that the result keeps
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ERROR = 9  # exit status of the sanitizer when it found something
 QUICK_TESTS = "ops/test_boxes.py"
-# benchmarks that run no kernel of detr_fast, or none but those of others beside a whole model
-NOT_OURS = {"sdpa", "training"}
+# benchmarks that run no kernel of detr_fast but those of others, beside a whole model
+NOT_OURS = {"training"}
 
 PROBE = """
 import json, detr_fast

@@ -21,7 +21,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.dispatched import dispatched
-from benchmarks.limits import measured_limits
+from benchmarks.limits import clocks_of_all_sms, measured_limits
 from benchmarks.report import records_table
 from benchmarks.timing import Run, Time, time_all, time_on_gpu
 
@@ -74,6 +74,8 @@ class Case:
         check (Callable): raises AssertionError unless (actual, expected) agree.
         bytes (int): each input read once and each output written once.
         flops (int): floating-point operations, counted for matmul-bound cases.
+        scores (int): products of a query and a key that attention has to compute.
+        scores_per_clock (float): the most that the design of its kernels allows an SM.
         floors (dict[str, float]): the least ratio to a peer; less fails a run that is not quick.
         count_ops (bool): record how many calls of torch each contender makes.
     """
@@ -83,6 +85,8 @@ class Case:
     check: Check = field(default=assert_close, repr=False)
     bytes: int = 0
     flops: int = 0
+    scores: int = 0
+    scores_per_clock: float = 0.0
     floors: dict[str, float] = field(default_factory=dict, repr=False)
     count_ops: bool = field(default=False, repr=False)
 
@@ -259,7 +263,10 @@ def _gpu_time(contender: Contender, seconds: float) -> dict[str, Any]:
 
 
 def _rates(case: Case, us: float, device: torch.device, quick: bool) -> dict[str, Any]:
-    """Bytes and operations a second, and their share of what this device was measured to do."""
+    """Bytes and operations a second, and their share of what this device was measured to do.
+
+    Scores are measured against a bound from the design of the kernels.
+    """
     rates: dict[str, Any] = {}
     if case.bytes:
         gb_s = case.bytes / us / 1e3
@@ -269,6 +276,11 @@ def _rates(case: Case, us: float, device: torch.device, quick: bool) -> dict[str
         tflop_s = case.flops / us / 1e6
         limit = measured_limits(device, quick).matmul_tflop_s
         rates |= {"tflop_s": _digits(tflop_s), "matmul_share": round(tflop_s / limit, 4)}
+    if case.scores:
+        scores_s = case.scores / us * 1e6
+        rates["scores_s"] = _digits(scores_s)
+        if clocks := clocks_of_all_sms(device):
+            rates["bound_share"] = round(scores_s / (case.scores_per_clock * clocks), 4)
     return rates
 
 

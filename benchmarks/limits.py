@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the device can do at most: copy bandwidth and bfloat16 matmul rate, both measured."""
+"""What the device can do at most: bandwidth and matmul rate, both measured, and its clocks."""
 
 import functools
 from typing import NamedTuple
@@ -36,3 +36,11 @@ def measured_limits(device: torch.device, quick: bool = False) -> Limits:
         copy_gb_s=round(2 * size / times["copy"].us / 1e3, 1),
         matmul_tflop_s=float(f"{2 * n**3 / times['matmul'].us / 1e6:.4g}"),
     )
+
+
+def clocks_of_all_sms(device: torch.device) -> float:
+    """Clocks a second of all SMs of a GPU at its highest rate; 0 for a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count * properties.clock_rate * 1e3  # kHz

@@ -62,6 +62,9 @@ def _rate(record: dict[str, Any]) -> str:
         parts.append(f"{record['gb_s']:g} GB/s, {record['copy_share']:.1%} of a copy")
     if "tflop_s" in record:
         parts.append(f"{record['tflop_s']:g} TFLOP/s, {record['matmul_share']:.1%} of a matmul")
+    if "scores_s" in record:
+        share = f", {record['bound_share']:.1%} of the bound" if "bound_share" in record else ""
+        parts.append(f"{record['scores_s'] / 1e9:.4g} G scores/s{share}")
     return "; ".join(parts)
 
 

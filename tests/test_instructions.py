@@ -43,7 +43,7 @@ LOOPS = {
         72: Loop("many queries", 32 * 64, 7.1, 12.0),
         18: Loop("few queries", 16 * 32, 11.6, 22.0),
     },
-    "gradients_kernel": {
+    "attention_backward_kernel": {
         128: Loop("keys and values", 32 * 64, 8.8, 12.8),
         96: Loop("many queries", 32 * 64, 7.5, 10.0),
         48: Loop("few queries", 32 * 32, 9.7, 12.5),

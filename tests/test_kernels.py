@@ -18,6 +18,8 @@ KERNELS = sorted(ROOT.glob("csrc/**/*.cu"), key=str)
 HALVES = ("__half", "__nv_bfloat16")
 REGISTERS = {
     "attention_kernel": dict.fromkeys(HALVES, 168),  # three blocks of 128 threads
+    "attention_statistics_kernel": dict.fromkeys(HALVES, 24),
+    "attention_backward_kernel": dict.fromkeys(HALVES, 168),
     "pairwise_iou_kernel": {"float": 24, "double": 40},
     "pairwise_iou_backward_rows_kernel": {"float": 56, "double": 72},
     "pairwise_iou_backward_columns_kernel": {"float": 56, "double": 72},

@@ -34,7 +34,7 @@ __device__ __forceinline__ float chunk_product(const HeadsInput& a, const HeadsI
 // kChunks threads take a row. Rows behind the last real one weigh 0 with every key.
 template <typename element_t>
 __global__ void __launch_bounds__(kStatisticsRows* kChunks)
-    statistics_kernel(const AttentionInputs in, const AttentionGradients out) {
+    attention_statistics_kernel(const AttentionInputs in, const AttentionGradients out) {
   const int image = blockIdx.z, head = blockIdx.y, chunk = threadIdx.x % kChunks;
   const int row = blockIdx.x * kStatisticsRows + threadIdx.x / kChunks;
   const Rows queries = queries_of(in, image);
@@ -56,11 +56,11 @@ constexpr int kBlocks = 3;  // that a multiprocessor shall hold at a time
 
 template <bool kDropout, typename element_t>
 __global__ void __launch_bounds__(kThreads, kBlocks)
-    gradients_kernel(const AttentionInputs in, const AttentionGradients out) {
+    attention_backward_kernel(const AttentionInputs in, const AttentionGradients out) {
   constexpr int kShared = Few::kShared;
   static_assert(Many::kShared <= kShared && kKeyShared <= kShared);
   __shared__ __align__(128) Stage stages[kShared];
-  __shared__ TileSource source;
+  __shared__ RowSteps row_steps;
   const bool few = few_queries(in);
   const int key_blocks = (in.keys + kKeyRows - 1) / kKeyRows;
   // the longer ones begin: those of queries where there are few of them
@@ -68,11 +68,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const bool later = int(blockIdx.x) >= begin;
   const int block = int(blockIdx.x) - (later ? begin : 0);
   if (later == few) {
-    key_gradients<kDropout, element_t>(in, out, stages, source, block * kKeyRows);
+    key_gradients<kDropout, element_t>(in, out, stages, row_steps, block * kKeyRows);
   } else if (few) {
-    query_gradients<Few, kDropout, element_t>(in, out, stages, source, block * Few::kRows);
+    query_gradients<Few, kDropout, element_t>(in, out, stages, row_steps, block * Few::kRows);
   } else {
-    query_gradients<Many, kDropout, element_t>(in, out, stages, source, block * Many::kRows);
+    query_gradients<Many, kDropout, element_t>(in, out, stages, row_steps, block * Many::kRows);
   }
 }
 
@@ -82,13 +82,13 @@ void launch(const AttentionInputs& in, const AttentionGradients& out, void* stre
   const unsigned heads = in.heads, images = in.images;
   if (in.queries > 0) {
     const dim3 grid(blocks(in.queries, kStatisticsRows), heads, images);
-    DETR_FAST_LAUNCH((statistics_kernel<element_t>), grid, dim3(kStatisticsRows * kChunks), 0,
-                     stream, in, out);
+    DETR_FAST_LAUNCH((attention_statistics_kernel<element_t>), grid,
+                     dim3(kStatisticsRows * kChunks), 0, stream, in, out);
   }
   const int query_rows = few_queries(in) ? Few::kRows : Many::kRows;
   const dim3 grid(blocks(in.keys, kKeyRows) + blocks(in.queries, query_rows), heads, images);
-  DETR_FAST_LAUNCH((gradients_kernel<kDropout, element_t>), grid, dim3(kThreads), 0, stream, in,
-                   out);
+  DETR_FAST_LAUNCH((attention_backward_kernel<kDropout, element_t>), grid, dim3(kThreads), 0,
+                   stream, in, out);
 }
 
 template <typename element_t>

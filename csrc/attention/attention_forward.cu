@@ -143,8 +143,8 @@ class Dropout {
       for (int h = 0; h < 2; ++h) {
 #pragma unroll
         for (int w = 0; w < S::kWords; ++w) {
-          const int source = 16 * m + 8 * h + lane / 4;
-          const uint32_t bits = __shfl_sync(kWholeWarp, drawn[w], source) << (2 * (lane % 4));
+          const int row_steps = 16 * m + 8 * h + lane / 4;
+          const uint32_t bits = __shfl_sync(kWholeWarp, drawn[w], row_steps) << (2 * (lane % 4));
 #pragma unroll
           for (int n = 0; n < 4; ++n) {  // eights of the word's keys
             p[m][2 * w + n / 2][n % 2 * 2 + h] &=
@@ -228,10 +228,6 @@ __device__ __forceinline__ void merge_groups(RunningSoftmax<S::kTiles>& state, S
   }
 }
 
-__device__ __forceinline__ Rows queries_of(const AttentionInputs& in, int image) {
-  return rows_of(in.query_rect, nullptr, image, in.queries, in.padded_width);
-}
-
 // What is not computed: outputs of rows that are not real, and bits that nobody has drawn.
 template <typename S, bool kDropout, typename element_t>
 __device__ __forceinline__ void clear(const AttentionInputs& in, const AttentionOutputs& out,
@@ -286,13 +282,13 @@ template <typename S, bool kDropout, typename element_t>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
     attention_kernel(const AttentionInputs in, const AttentionOutputs out) {
   __shared__ __align__(128) Stage stages[S::kGroups * S::kStages];
-  __shared__ TileSource source;
+  __shared__ RowSteps row_steps;
   const int image = blockIdx.z, head = blockIdx.y, block_first = blockIdx.x * S::kRows;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = S::kGroups > 1 ? warp / S::kQueryWarps : 0,
             thread = threadIdx.x % S::kGroupThreads;
   const int first = block_first + warp % S::kQueryWarps * S::kWarpRows;
-  const Rows keys = rows_of(in.key_rect, in.key_count, image, in.keys, in.padded_width);
+  const Rows keys = keys_of(in, image);
   const int steps = (keys.count + S::kKeys - 1) / S::kKeys;
   const int group_steps = (steps + S::kGroups - 1) / S::kGroups, begin = group * group_steps;
   const Rows queries = queries_of(in, image);
@@ -307,11 +303,11 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   std::conditional_t<kDropout, Dropout<S>, NoDropout> dropout(in, out, queries, image, head, first,
                                                               begin * S::kWords, lane);
   Stage* const own = stages + group * S::kStages;
-  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, thread);
-  if (threadIdx.x == 0) source.set(keys, S::Tiles::kPassRows, in.k, in.v, image, head);
+  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, image, head, thread);
+  if (threadIdx.x == 0) row_steps.set(keys, S::Tiles::kPassRows);
   __syncthreads();
   int k_slot = columns_slot(lane), v_slot = S::Tiles::kTile + rows_slot(lane);
-  if (group_steps > 0) tiles.copy(own + k_slot, source);
+  if (group_steps > 0) tiles.copy(own + k_slot, row_steps);
   commit_copies();
   // keys of the first group that are to come, and of how many more or less this one knows
   int ahead = S::kGroups > 1 ? group_steps * S::kKeys : keys.count;
@@ -321,7 +317,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks)
   for (; ahead > 0; ahead -= S::kKeys) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    if (ahead > S::kKeys) tiles.copy(own + (k_slot ^ S::Tiles::kStage), source);
+    if (ahead > S::kKeys) tiles.copy(own + (k_slot ^ S::Tiles::kStage), row_steps);
     commit_copies();
     const int left = ahead + more;
     if (S::kGroups > 1 && left <= 0) continue;

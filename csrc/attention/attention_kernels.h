@@ -17,6 +17,14 @@ struct AttentionInputs {
   int kept;  // of kKeepLevels; all of them: no dropout
 };
 
+DETR_FAST_HOST_DEVICE Rows queries_of(const AttentionInputs& in, int image) {
+  return rows_of(in.query_rect, nullptr, image, in.queries, in.padded_width);
+}
+
+DETR_FAST_HOST_DEVICE Rows keys_of(const AttentionInputs& in, int image) {
+  return rows_of(in.key_rect, in.key_count, image, in.keys, in.padded_width);
+}
+
 struct AttentionOutputs {
   const int64_t* seed;  // null without dropout
   void* out;            // (images, queries, heads, kHeadDim)

@@ -18,8 +18,8 @@ constexpr int kPhiloxRounds = 7;  // as many as pass BigCrush (Salmon et al., SC
 // Words of a row are stored in fours: 16 bytes, 128 keys.
 DETR_FAST_HOST_DEVICE int keep_words(int keys) { return (keys + 127) / 128 * 4; }
 
-// Where the bit of a key is in its word: each eight keys have a byte, the first one its sign. Thus a
-// shift by what a lane's place in a fragment is brings the bits that it asks for to such signs.
+// Where the bit of a key is in its word: each eight keys have a byte, the first one its sign. Thus
+// a shift by what a lane's place in a fragment is brings the bits that it asks for to such signs.
 DETR_FAST_HOST_DEVICE int keep_bit(int key) { return key % kKeysInWord ^ 7; }
 
 struct RandomWords {

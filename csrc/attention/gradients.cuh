@@ -38,14 +38,6 @@ __device__ __forceinline__ Statistics* statistics_of(const AttentionInputs& in,
   return reinterpret_cast<Statistics*>(out.statistics) + (int64_t(image) * in.heads + head) * pairs;
 }
 
-__device__ __forceinline__ Rows queries_of(const AttentionInputs& in, int image) {
-  return rows_of(in.query_rect, nullptr, image, in.queries, in.padded_width);
-}
-
-__device__ __forceinline__ Rows keys_of(const AttentionInputs& in, int image) {
-  return rows_of(in.key_rect, in.key_count, image, in.keys, in.padded_width);
-}
-
 __device__ __forceinline__ float kept_share(const AttentionInputs& in) {
   return float(in.kept) / float(kKeepLevels);
 }

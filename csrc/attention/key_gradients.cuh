@@ -21,7 +21,6 @@ struct PairSide {
 };
 constexpr int kSide = 4096;  // bytes from one stage to the other
 static_assert(sizeof(PairSide) * kQueryStep / 2 <= kSide);
-constexpr int kKeyShared = 2 * (QueryTiles::kStage + kSide);
 
 // Copies it: the first half of the threads the bits, the others the statistics, each a chunk a
 // step.
@@ -29,7 +28,8 @@ template <bool kDropout>
 class SideCopy {
  public:
   __device__ __forceinline__ SideCopy(const AttentionInputs& in, const AttentionGradients& out,
-                                      int image, int head, int first_key) {
+                                      const Rows& queries, int image, int head, int first_key)
+      : left_(queries.count) {
     static_assert(kThreads == 2 * kQueryStep && sizeof(Statistics) == 2 * kChunk);
     const int row = threadIdx.x % kQueryStep, words = keep_words(in.keys);
     if (kDropout && threadIdx.x < kQueryStep) {
@@ -42,27 +42,42 @@ class SideCopy {
     }
   }
 
-  // `left` queries are to come.
-  __device__ __forceinline__ void copy(Stage* sides, int left) {
-    const int thread = in_register(int(threadIdx.x));
+  // Whether there are queries whose tiles have not been copied.
+  __device__ __forceinline__ bool more() const { return left_ > 0; }
+
+  __device__ __forceinline__ void copy(Stage* sides) {
+    const unsigned thread = in_register(threadIdx.x);
     const bool bits = thread < kQueryStep;
-    const int pair = thread % kQueryStep / 2, chunk = thread / kQueryStep * 2 + thread % 2;
+    const unsigned pair = thread % kQueryStep / 2, chunk = thread / kQueryStep * 2 + thread % 2;
     if (kDropout || !bits) {
-      copy_16_async(sides + pair * int(sizeof(PairSide)) + chunk * kChunk, from_,
-                    !bits || thread < left);
+      copy_16_async(sides + pair * sizeof(PairSide) + chunk * kChunk, from_,
+                    !bits || int(thread) < left_);
     }
     from_ += step_;
+    left_ -= kQueryStep;
   }
 
  private:
   const char* from_;
   unsigned step_;  // bytes; signed it would take two registers
+  int left_;       // queries
 };
+
+// What a thread copies. It stands in shared memory from step to step: the products in between need
+// all registers.
+template <bool kDropout>
+struct QueryCopies {
+  QueryTiles tiles;
+  SideCopy<kDropout> side;
+};
+constexpr int kSides = 2 * QueryTiles::kStage;  // where they begin in shared memory
+constexpr int kCopies = kSides + 2 * kSide;
+constexpr int kKeyShared = kCopies + kThreads * sizeof(QueryCopies<true>);
 
 template <bool kDropout, typename element_t>
 __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
                                               const AttentionGradients& out, Stage* stages,
-                                              TileSource& source, int block_first) {
+                                              RowSteps& row_steps, int block_first) {
   const int image = blockIdx.z, head = blockIdx.y;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int first = block_first + warp * kWarpRows;
@@ -79,29 +94,32 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
     read_rows(k[m], in.k, image, head, keys, first + 16 * m, lane);
     read_rows(v[m], in.v, image, head, keys, first + 16 * m, lane);
   }
-  QueryTiles tiles(queries, 0, in.q, out.grad, threadIdx.x);
-  SideCopy<kDropout> side(in, out, image, head, block_first);
-  if (threadIdx.x == 0) source.set(queries, QueryTiles::kPassRows, in.q, out.grad, image, head);
+  auto& copies = reinterpret_cast<QueryCopies<kDropout>*>(stages + kCopies)[threadIdx.x];
+  copies = {QueryTiles(queries, 0, in.q, out.grad, image, head, threadIdx.x),
+            SideCopy<kDropout>(in, out, queries, image, head, block_first)};
+  if (threadIdx.x == 0) row_steps.set(queries, QueryTiles::kPassRows);
   __syncthreads();
-  int ahead = queries.count, columns = columns_slot(lane), rows = rows_slot(lane);
+  int columns = columns_slot(lane), rows = rows_slot(lane);
   int beside = lane % 4 * sizeof(PairSide), kept = beside + warp * int(sizeof(uint32_t));
-  Stage* const sides = stages + 2 * QueryTiles::kStage;
-  if (ahead > 0) {
-    tiles.copy(stages + columns, source);
-    side.copy(sides, ahead);
-  }
+  Stage* const sides = stages + kSides;
+  const auto copy = [&](int stage, int side) {
+    QueryCopies<kDropout> next = copies;
+    next.tiles.copy(stages + stage, row_steps);
+    next.side.copy(sides + side);
+    copies = next;
+  };
+  bool more = copies.side.more();
+  if (more) copy(columns, 0);
   commit_copies();
   Sums dk = {}, dv = {};
 #pragma unroll 1
-  for (; ahead > 0; ahead -= kQueryStep) {
+  while (more) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    if (ahead > kQueryStep) {
-      tiles.copy(stages + (columns ^ QueryTiles::kStage), source);
-      side.copy(sides + ((beside & kSide) ^ kSide), ahead - kQueryStep);
-    }
+    more = copies.side.more();
+    if (more) copy(columns ^ QueryTiles::kStage, (beside & kSide) ^ kSide);
     commit_copies();
-#pragma unroll
+#pragma unroll 1
     for (int c = 0; c < kQueryStep / 16; ++c) {
       const Stage* const q_tile = stages + columns + c * 16 * kTileRow;
       const Stage* const grad_tile = q_tile + QueryTiles::kTile;

@@ -11,10 +11,9 @@ namespace detr_fast {
 // How a block of queries divides its work.
 template <int kQueryWarps_, int kKeys_>
 struct Shape {
-  static constexpr int kQueryWarps = kQueryWarps_;  // that go through the same keys
-  static constexpr int kGroups =
-      kWarps / kQueryWarps_;            // of such warps, each with some of the keys
-  static constexpr int kKeys = kKeys_;  // of a step
+  static constexpr int kQueryWarps = kQueryWarps_;      // that go through the same keys
+  static constexpr int kGroups = kWarps / kQueryWarps;  // of such warps, each with some of the keys
+  static constexpr int kKeys = kKeys_;                  // of a step
   static constexpr int kRows = kQueryWarps * kWarpRows;
   static constexpr int kWords = kKeys / kKeysInWord;
   static constexpr int kGroupThreads = kQueryWarps * kWarpSize;
@@ -107,7 +106,7 @@ __device__ __forceinline__ void merge_groups(Sums& sums, Stage* stages, int grou
 template <typename S, bool kDropout, typename element_t>
 __device__ __forceinline__ void query_gradients(const AttentionInputs& in,
                                                 const AttentionGradients& out, Stage* stages,
-                                                TileSource& source, int block_first) {
+                                                RowSteps& row_steps, int block_first) {
   const int image = blockIdx.z, head = blockIdx.y;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int group = S::kGroups > 1 ? warp / S::kQueryWarps : 0;
@@ -138,11 +137,11 @@ __device__ __forceinline__ void query_gradients(const AttentionInputs& in,
   const int steps = (keys.count + S::kKeys - 1) / S::kKeys;
   const int group_steps = (steps + S::kGroups - 1) / S::kGroups, begin = group * group_steps;
   Stage* const own = stages + group * S::kStages;
-  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, thread);
-  if (threadIdx.x == 0) source.set(keys, S::Tiles::kPassRows, in.k, in.v, image, head);
+  typename S::Tiles tiles(keys, begin * S::kKeys, in.k, in.v, image, head, thread);
+  if (threadIdx.x == 0) row_steps.set(keys, S::Tiles::kPassRows);
   __syncthreads();
   int columns = columns_slot(lane), rows = rows_slot(lane);
-  if (group_steps > 0) tiles.copy(own + columns, source);
+  if (group_steps > 0) tiles.copy(own + columns, row_steps);
   commit_copies();
   // keys of the first group that are to come, and of how many more or less this one knows
   int ahead = S::kGroups > 1 ? group_steps * S::kKeys : keys.count;
@@ -154,7 +153,7 @@ __device__ __forceinline__ void query_gradients(const AttentionInputs& in,
   for (; ahead > 0; ahead -= S::kKeys) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    if (ahead > S::kKeys) tiles.copy(own + (columns ^ S::Tiles::kStage), source);
+    if (ahead > S::kKeys) tiles.copy(own + (columns ^ S::Tiles::kStage), row_steps);
     commit_copies();
     const int left = ahead + more;
     if (S::kGroups > 1 && left <= 0) continue;

@@ -25,26 +25,19 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kTileRow + ((chunk ^ (row / 2 % kChunks)) * kChunk);
 }
 
-// What a walk through real rows needs to know at each step.
+// What a walk through real rows needs to know at each step. It is the same for all threads of a
+// block and stands in shared memory, as the main loops have no registers left.
 struct RowSteps {
   int width, padding;      // of a row of the rectangle, and what follows it
   int columns, positions;  // a step is so many columns further in the rectangle, or less a row
   int end;                 // of the positions of real rows
-};
 
-// What copies of tiles need to know: real rows of a head of an image, of two tensors. It is the
-// same for all threads of a block and stands in shared memory, as the main loops have no registers
-// left.
-struct TileSource {
-  const char *a, *b;  // row 0
-  RowSteps steps;
-
-  __device__ __forceinline__ void set(const Rows& rows, int step, const HeadsInput& first,
-                                      const HeadsInput& second, int image, int head) {
-    a = static_cast<const char*>(first.data) + 2 * offset(first, image, head, 0);
-    b = static_cast<const char*>(second.data) + 2 * offset(second, image, head, 0);
-    steps = {rows.width, rows.padded_width - rows.width, step % rows.width, rows.position(step),
-             rows.end()};
+  __device__ __forceinline__ void set(const Rows& rows, int step) {
+    width = rows.width;
+    padding = rows.padded_width - rows.width;
+    columns = step % rows.width;
+    positions = rows.position(step);
+    end = rows.end();
   }
 };
 
@@ -85,33 +78,39 @@ class TilePair {
   // Begins at row `first`; `thread` counts the kThreads threads that copy: a warp eight rows, a
   // lane what lies at its columns_slot.
   __device__ __forceinline__ TilePair(const Rows& rows, int first, const HeadsInput& a,
-                                      const HeadsInput& b, int thread)
+                                      const HeadsInput& b, int image, int head, int thread)
       : walk_(rows, first + thread / kWarpSize * 8 + thread % 8),
+        a_(in_register(chunk_of(a, image, head, thread))),
+        b_(in_register(chunk_of(b, image, head, thread))),
         a_step_(2 * a.row_step),
         b_step_(2 * b.row_step) {}
 
   // Starts to copy the next kRows rows, zeros behind the last; commits nothing. `to` is the stage's
   // columns_slot, `shared` is set to steps of kPassRows rows.
-  __device__ __forceinline__ void copy(Stage* to, const TileSource& shared) {
-    const char *const a = shared.a, *const b = shared.b;
-    const RowSteps steps = shared.steps;
-    const int thread = in_register(int(threadIdx.x)) % kThreads;
-    const int chunk = thread % kWarpSize / 8 * kChunk;
-    to += thread / kWarpSize * 8 * kTileRow;
+  __device__ __forceinline__ void copy(Stage* to, const RowSteps& shared) {
+    const RowSteps steps = shared;
+    if (kThreads > kWarpSize) to += in_register(threadIdx.x) % kThreads / kWarpSize * 8 * kTileRow;
 #pragma unroll
     for (int pass = 0; pass < kRows / kPassRows; ++pass) {
       const int position = walk_.position();
       const bool real = position < steps.end;
-      copy_16_async(to, a + chunk + wide_product(position, a_step_), real);
-      copy_16_async(to + kTile, b + chunk + wide_product(position, b_step_), real);
+      copy_16_async(to, a_ + wide_product(position, a_step_), real);
+      copy_16_async(to + kTile, b_ + wide_product(position, b_step_), real);
       walk_.next(steps);
       to += kPassRows * kTileRow;
     }
   }
 
  private:
+  static __device__ __forceinline__ const char* chunk_of(const HeadsInput& input, int image,
+                                                         int head, int thread) {
+    return static_cast<const char*>(input.data) + 2 * offset(input, image, head, 0) +
+           thread % kWarpSize / 8 * kChunk;
+  }
+
   RowWalk walk_;
-  const int a_step_, b_step_;  // bytes
+  const char *a_, *b_;
+  int a_step_, b_step_;  // bytes
 };
 
 // Sixteen rows from global memory as fragments a of kSlices products, zeros where not real.

@@ -104,7 +104,7 @@ __device__ __forceinline__ float in_register(float number) {
   asm volatile("" : "+f"(number));
   return number;
 }
-__device__ __forceinline__ int in_register(int number) {
+__device__ __forceinline__ uint32_t in_register(uint32_t number) {
   asm volatile("" : "+r"(number));
   return number;
 }

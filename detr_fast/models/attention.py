@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detr_fast import ops
 from detr_fast.models.inference_cache import InferenceCache
 from detr_fast.models.padding import Padding
+from detr_fast.ops.layers import unbind_layers
 
 Memory = tuple[Tensor, ...]  # what a cross-attention looks at, as its own class prepared it
 
@@ -25,15 +26,17 @@ class _Fused(nn.MultiheadAttention):
         self, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, *, of_itself: bool
     ) -> Tensor:
         """Attend from heads to heads (Tensor[B, L, H, D]) and project what comes out."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        dropout = self.dropout if self.training else 0.0
         rows = {}
-        if padding is not None and padding.rect is not None:
+        if padding is not None:
             rows = {"key_rect": padding.rect, "padded_width": padding.width}
             if of_itself:
                 rows["query_rect"] = padding.rect
-        elif padding is not None:
-            rows = {"mask": ~padding.cells[:, None, None, :]}
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = ops.attention(q, k, v, dropout_p=self.dropout if self.training else 0.0, **rows)
+            path = ops.backend("attention", q, k, v, dropout_p=dropout)[0]
+            if padding.rect is None or path != "fused":  # others would make this mask of the rect
+                rows = {"mask": ~padding.cells[:, None, None, :]}
+        out = ops.attention(q, k, v, dropout_p=dropout, **rows)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -73,7 +76,7 @@ class SelfAttention(_Fused):
             of_both, of_values = weight.split([2 * width, width])
             bias_of_both, bias_of_values = bias.split([2 * width, width])
             both = F.linear(x + position, of_both, bias_of_both)
-            q, k = both.unflatten(-1, (2, *heads)).unbind(2)
+            q, k = unbind_layers(both.unflatten(-1, (2, *heads)), dim=2)
             v = F.linear(x, of_values, bias_of_values).unflatten(-1, heads)
         return self.attend(q, k, v, padding, of_itself=True)
 

@@ -120,8 +120,9 @@ class DETR(nn.Module):
         tensors, sizes, mask = _as_batch(images)
         features = self.backbone[0](tensors)
         padding = _padding(tensors, sizes, mask, features)
+        # contiguous: channels_last is; of others this is one copy instead of one for each product
         states = self.transformer(
-            self.input_proj(features).flatten(2).transpose(1, 2),
+            self.input_proj(features).flatten(2).transpose(1, 2).contiguous(),
             self.backbone[1](features, padding),
             padding,
             self.query_embed.weight,

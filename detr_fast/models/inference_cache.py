@@ -83,9 +83,11 @@ class InferenceCache(nn.Module):
 
 def _state(tensors: tuple[Tensor, ...]) -> tuple[tuple[int, int], ...] | None:
     """What changes when a tensor is written to; None where that cannot be known."""
+    if any(type(tensor) not in (Tensor, nn.Parameter) for tensor in tensors):  # fake, for instance
+        return None
     try:
         return tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
-    except (RuntimeError, NotImplementedError):  # of inference mode, fake or of a functional mode
+    except (RuntimeError, NotImplementedError):  # of inference mode or vmap
         return None
 
 

@@ -124,10 +124,13 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, position: Tensor, padding: Padding | None) -> Tensor:
         """Map ``x (Tensor[B, L, C])`` to the memory, of the same shape; 0 where it is padding."""
+        padded = None if padding is None else padding.cells[..., None]
+        if padded is not None:  # 0 * NaN is NaN, in the gradients of weights, too
+            x = x.masked_fill(padded, 0)
         for layer in self.layers:
             x = layer(x, position, padding)
         x = x if self.norm is None else self.norm(x)
-        return x if padding is None else x.masked_fill(padding.cells[..., None], 0)
+        return x if padded is None else x.masked_fill(padded, 0)
 
 
 class Decoder(nn.Module):

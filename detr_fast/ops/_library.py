@@ -74,6 +74,8 @@ def _why_not_on_gpu(op: str, device: torch.device) -> str:
         return _why_no_cuda
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"detr_fast::{op}", "CUDA"):
         return "no kernel for cuda"
+    if not torch.cuda.is_available():  # a fake tensor
+        return "torch sees no GPU"
     found = torch.cuda.get_device_capability(device)
     if found < _LEAST_CAPABILITY:
         least = ".".join(map(str, _LEAST_CAPABILITY))

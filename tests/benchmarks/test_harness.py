@@ -166,10 +166,10 @@ def test_command_line_refuses_an_unknown_benchmark(capsys):
 def test_command_line_writes_records(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(harness, "one_thread", lambda device: None)
     file = tmp_path / "records.json"
-    assert harness.main(["sdpa", "--quick", "--equality", "--json", str(file)]) == 0
+    assert harness.main(["attention", "--quick", "--equality", "--json", str(file)]) == 0
     records = json.loads(file.read_text())
     assert len(records) == 8
-    assert all("sdpa" in record["equal"] for record in records)
+    assert all("detr_fast, SDPA" in record["equal"] for record in records)
     assert records[0]["case"] in capsys.readouterr().out
 
 
@@ -184,3 +184,15 @@ def test_calls_of_torch_are_counted_where_a_case_asks():
     assert record["ops"] == 2
     assert record["peers"]["backward"]["ops"] > 3
     assert "one op, 2 ops" in records_table([record])
+
+
+def test_scores_are_compared_with_the_clocks_of_a_gpu(monkeypatch):
+    case = Case("attention", lambda: None, scores=10**6, scores_per_clock=2.0)
+    setup = Setup(lambda: torch.ones(3), {"ours": Contender(lambda: torch.ones(3))})
+    record = compare(case, setup, CPU, quick=True)
+    assert record["scores_s"] == pytest.approx(1e12 / record["us"], rel=1e-3)
+    assert "bound_share" not in record  # a CPU has no such bound
+    monkeypatch.setattr(harness, "clocks_of_all_sms", lambda device: 1e9)
+    record = compare(case, setup, CPU, quick=True)
+    assert record["bound_share"] == pytest.approx(record["scores_s"] / 2e9, rel=1e-2)
+    assert f"{record['bound_share']:.1%} of the bound" in records_table([record])

@@ -129,12 +129,19 @@ def test_padded_cells_have_no_influence(form, attention):
     assert not torch.equal(model(features, position, None, queries), expected)
 
 
-def test_nan_at_padded_cells_does_not_reach_the_states():
-    model = build()
-    features, position, padding, queries = inputs()
-    expected = model(features, position, padding, queries)
-    features[padding.cells] = torch.nan
-    assert torch.equal(model(features, position, padding, queries), expected)
+@pytest.mark.parametrize("attention", [FUSED, REFERENCE], ids=["fused", "reference"])
+@pytest.mark.parametrize("form", ["rect", "mask"])
+def test_nan_at_padded_cells_reaches_neither_states_nor_gradients(form, attention):
+    model = build(attention)
+    features, position, padding, queries = inputs(form)
+    results = []
+    for value in (0.0, torch.nan):
+        features[padding.cells] = value
+        states = model(features, position, padding, queries)
+        model.zero_grad()
+        weighted_sum(states).backward()
+        results.append((states, gradients(model)))
+    assert_close(results[1], results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("attention", [FUSED, REFERENCE], ids=["fused", "reference"])

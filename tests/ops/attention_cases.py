@@ -94,10 +94,11 @@ def attention_case(
     keys = queries if keys is None else keys
     g = torch.Generator().manual_seed(seed)
     padding = {}
-    for given, name in ((rects, "key_rect"), (counts, "key_count")):
+    for given, name, columns_of in ((rects, "key_rect", (2,)), (counts, "key_count", ())):
         if given is not None:
             images = len(given)
-            padding[name] = torch.tensor(given, dtype=torch.int32, device=device)
+            numbers = torch.tensor(given, dtype=torch.int32, device=device)
+            padding[name] = numbers.view(images, *columns_of)
     if rects is not None:
         padding["padded_width"] = padded_width
         if query_rects:

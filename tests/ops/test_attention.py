@@ -187,6 +187,17 @@ def test_nothing_to_do(device, sizes, dropout_p):
         assert not any(x.any() for x in ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_padding_of_nothing(device, dtype):
+    cases = (
+        attention_case(5, 0, counts=(3, 0), dtype=dtype, device=device),
+        attention_case(0, 8, rects=[(2, 3), (1, 1)], padded_width=4, dtype=dtype, device=device),
+        grid_case([], 4, 6, dtype=dtype, device=device),
+    )
+    for case in cases:
+        assert not any(x.any() for x in run(case))
+
+
 @pytest.mark.parametrize(
     "needs",
     [(True, False, False), (False, True, False), (False, False, True), (True, False, True)],

@@ -102,6 +102,32 @@ def test_a_block_with_uneven_gaps_is_none():
     assert_close(gradient(block, (0, 1, 3))[:, 0, 0], torch.tensor([0, 1, 3.0]).double())
 
 
+class OfThree(torch.autograd.Function):
+    """Gives as gradients of q, k, v (B, L, H, D) the slices of a block (B, L, 3, H, D)."""
+
+    @staticmethod
+    def forward(ctx, block, q, k, v):
+        ctx.block = block
+        return q.sum() + k.sum() + v.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *ctx.block.unbind(2)
+
+
+@pytest.mark.parametrize("together", [3, 2], ids=["qkv", "qk"])
+def test_slices_within_the_rows_of_a_block_are_the_gradient(together):
+    block = torch.randn(2, 5, 3, 4, 8)
+    stacked = torch.zeros(2, 5, together, 4, 8, requires_grad=True)
+    others = [torch.zeros(2, 5, 4, 8, requires_grad=True)] * (3 - together)
+    seen = []
+    inner = stacked * 1  # of which the gradient is seen before anyone copies it
+    inner.register_hook(seen.append)
+    OfThree.apply(block, *unbind_layers(inner, dim=2), *others).backward()
+    assert seen[0].data_ptr() == block.data_ptr()
+    assert torch.equal(stacked.grad, block[:, :, :together])
+
+
 def test_a_slice_that_nobody_uses_has_no_gradient():
     stacked = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     first, _, last = unbind_layers(stacked)
