@@ -66,8 +66,8 @@ class Case(NamedTuple):
 CASES = [
     # few queries: the first step alone, groups without keys, images without keys
     Case(1, 1, 1, 1),
-    Case(3, 2, 20, 42, key_rect=[[3, 5], [6, 7], [0, 3]], width=7, layout="rows first"),
-    Case(2, 1, 70, 75, key_count=[75, 9], layout="image first"),
+    Case(4, 1, 20, 42, key_rect=[[3, 5], [6, 7], [0, 3], [4, 0]], width=7, layout="rows first"),
+    Case(3, 1, 70, 75, key_count=[75, 9, 32], layout="image first"),
     Case(1, 1, 17, 400, spread=12),  # four steps a group
     Case(2, 2, 33, 200, key_count=[-4, 1000], kept=200, layout="block"),
     Case(2, 1, 37, 37, kept=21, layout="block"),
@@ -81,8 +81,8 @@ CASES = [
     # many: the first block of two ends in a tile, rectangles on either side
     Case(2, 2, 156, 156, query_rect=[[12, 13], [5, 9]], key_rect=[[12, 13], [5, 9]], width=13,
          layout="block"),
-    Case(3, 1, 42, 70, query_rect=[[6, 3], [3, 7], [2, 1]], key_rect=[[10, 7], [4, 1], [5, 5]],
-         width=7),
+    Case(4, 1, 42, 70, query_rect=[[6, 3], [3, 7], [2, 1], [2, 2]],
+         key_rect=[[10, 7], [4, 1], [5, 5], [3, 0]], width=7),
     Case(1, 1, 160, 260, spread=12, layout="rows first"),
     Case(2, 1, 30, 40, query_rect=[[99, 99], [2, -1]], key_rect=[[1, 4], [-3, 2]], width=10),
     Case(2, 2, 42, 42, query_rect=[[0, 3], [2, -1]], key_rect=[[4, 0], [0, 0]], width=7, kept=99),

@@ -20,6 +20,9 @@ UPDATES |= {"&=": "|=", "|=": "&=", "^=": "|="}
 CALLS = {"smaller": "larger", "larger": "smaller", "min": "max", "max": "min", "fmaxf": "fminf"}
 BARRIERS = ("__syncthreads", "__syncwarp", "commit_copies", "wait_for_copies")
 BUILT_IN = re.compile(r"(threadIdx|blockIdx)\.[xyz]")
+DECLARATION = re.compile(
+    r"\s*(__shared__|static|constexpr|float|double|int|uint32_t|element_t)\s+\w([^=]|= \{\})*$"
+)
 KINDS = ("barrier", "comparison", "constant", "index", "operator", "call")
 
 
@@ -119,4 +122,4 @@ def closing(text: str, start: int) -> int:
 def is_declaration(text: str, start: int) -> bool:
     """Whether a bracket holds the size of an array: one element more does no harm."""
     line = text[text.rfind("\n", 0, start) + 1 : start]
-    return re.match(r"\s*(__shared__|static|constexpr)\b[^=]*$", line) is not None
+    return DECLARATION.match(line) is not None

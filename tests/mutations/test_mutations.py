@@ -20,6 +20,7 @@ static_assert(sizeof(int) == 4);  // true in every mutant, or there is none
 template <typename T>
 __global__ void f_kernel(const T* __restrict__ in, T* out, int n) {
   __shared__ T sums[2][4];
+  float rest[4] = {}, one;
   const int i = threadIdx.x % 32;
   if (i >= n && !done) return;
   sums[0][i] += -in[i] * T(0.5);
@@ -33,6 +34,7 @@ CHANGES = {
     "barrier": ["`__syncthreads()` -> ``", "`wait_for_copies<0>()` -> ``"],
     "comparison": ["`>=` -> `>`"],
     "constant": [
+        "`4` -> `5`",
         "`32` -> `33`",
         "`0` -> `1`",
         "`0.5` -> `1.5`",
