@@ -3,8 +3,9 @@
 
 Head dimension 32, bfloat16.  Queries, keys and values of self-attention are views of one tensor
 (B, L, 3, H, D), as a fused projection makes them.  Padded batches hold images that fill the grid to
-different parts of its rows and columns.  ``varlen`` gets their tokens packed beforehand, which a model has to do by
-itself; SDPA gets the mask of the keys.  What padded queries give is compared with nothing.
+different parts of its rows and columns.  ``varlen`` gets their tokens packed beforehand, which a
+model has to do by itself; SDPA gets the mask of the keys.  What padded queries give is compared
+with nothing.
 
 A rate counts the scores of real queries and real keys alone.  Its limit is that of the kernels'
 design on an SM: forward by exponentials, 16 a clock and what the rescaling takes of them; backward

@@ -68,10 +68,13 @@ struct Gradient {
   int64_t step;
   int length;
 
+  // Unsigned numbers are extended for nothing, signed ones would be kept for it through a main
+  // loop.
   template <typename element_t>
-  __device__ __forceinline__ element_t* row(int image, int head, int position) const {
-    return static_cast<element_t*>(data) + (int64_t(image) * length + position) * step +
-           head * kHeadDim;
+  __device__ __forceinline__ element_t* row(unsigned image, unsigned head,
+                                            unsigned position) const {
+    return static_cast<element_t*>(data) +
+           int64_t(uint64_t(image) * unsigned(length) + position) * step + head * kHeadDim;
   }
 
   // Zeros to those of kRows rows of the padded sequence that are not real.
@@ -83,15 +86,15 @@ struct Gradient {
                                        });
   }
 
-  // A warp's sums, times `factor`, to the real rows from number `first` on.
+  // A warp's sums, times `factor`, to real rows; this lane's first one has number `own`.
   template <typename element_t>
   __device__ __forceinline__ void write(const Sums& sums, float factor, const Rows& rows, int image,
-                                        int head, int first, int lane) const {
+                                        int head, int own, int lane) const {
 #pragma unroll
     for (int m = 0; m < kWarpTiles; ++m) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int number = first + 16 * m + 8 * h + lane / 4;
+        const int number = own + 16 * m + 8 * h;
         if (number >= rows.count) continue;
         write_row(row<element_t>(image, head, rows.position(number)), sums[m], h, factor, lane);
       }

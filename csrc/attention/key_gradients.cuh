@@ -63,16 +63,18 @@ class SideCopy {
   int left_;       // queries
 };
 
-// What a thread copies. It stands in shared memory from step to step: the products in between need
-// all registers.
+// What a thread has in shared memory, as the products of a step need all registers.
 template <bool kDropout>
-struct QueryCopies {
-  QueryTiles tiles;
-  SideCopy<kDropout> side;
+struct alignas(kChunk) KeyThread {
+  struct Copies {
+    QueryTiles tiles;
+    SideCopy<kDropout> side;
+  } next;
+  int number;  // of its first key
 };
-constexpr int kSides = 2 * QueryTiles::kStage;  // where they begin in shared memory
-constexpr int kCopies = kSides + 2 * kSide;
-constexpr int kKeyShared = kCopies + kThreads * sizeof(QueryCopies<true>);
+constexpr int kSides = 2 * QueryTiles::kStage;  // where they begin
+constexpr int kKeyThreads = kSides + 2 * kSide;
+constexpr int kKeyShared = kKeyThreads + kThreads * sizeof(KeyThread<true>);
 
 template <bool kDropout, typename element_t>
 __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
@@ -94,34 +96,38 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
     read_rows(k[m], in.k, image, head, keys, first + 16 * m, lane);
     read_rows(v[m], in.v, image, head, keys, first + 16 * m, lane);
   }
-  auto& copies = reinterpret_cast<QueryCopies<kDropout>*>(stages + kCopies)[threadIdx.x];
-  copies = {QueryTiles(queries, 0, in.q, out.grad, image, head, threadIdx.x),
-            SideCopy<kDropout>(in, out, queries, image, head, block_first)};
+  auto& own = reinterpret_cast<KeyThread<kDropout>*>(stages + kKeyThreads)[threadIdx.x];
+  own.next = {QueryTiles(queries, 0, in.q, out.grad, image, head, threadIdx.x),
+              SideCopy<kDropout>(in, out, queries, image, head, block_first)};
+  own.number = first + lane / 4;
   if (threadIdx.x == 0) row_steps.set(queries, QueryTiles::kPassRows);
   __syncthreads();
-  int columns = columns_slot(lane), rows = rows_slot(lane);
-  int beside = lane % 4 * sizeof(PairSide), kept = beside + warp * int(sizeof(uint32_t));
-  Stage* const sides = stages + kSides;
-  const auto copy = [&](int stage, int side) {
-    QueryCopies<kDropout> next = copies;
-    next.tiles.copy(stages + stage, row_steps);
-    next.side.copy(sides + side);
-    copies = next;
+  const int columns = columns_slot(lane), rows = rows_slot(lane);
+  const int pairs = kSides + lane % 4 * int(sizeof(PairSide));
+  const int words = pairs + warp * int(sizeof(uint32_t));
+  // Copies the next tile, if there is one, and says whether there was.
+  const auto copy = [&](int tile, int side) {
+    auto next = own.next;
+    const bool more = next.side.more();
+    if (more) {
+      next.tiles.copy(stages + columns + tile, row_steps);
+      next.side.copy(stages + kSides + side);
+      own.next = next;
+    }
+    commit_copies();
+    return more;
   };
-  bool more = copies.side.more();
-  if (more) copy(columns, 0);
-  commit_copies();
+  bool more = copy(0, 0);
+  int tile = 0, side = 0;  // what is computed next: numbers that all threads share
   Sums dk = {}, dv = {};
 #pragma unroll 1
   while (more) {
     wait_for_copies<0>();
     __syncthreads();  // all have this tile, and have read the one before
-    more = copies.side.more();
-    if (more) copy(columns ^ QueryTiles::kStage, (beside & kSide) ^ kSide);
-    commit_copies();
+    more = copy(tile ^ QueryTiles::kStage, side ^ kSide);
 #pragma unroll 1
     for (int c = 0; c < kQueryStep / 16; ++c) {
-      const Stage* const q_tile = stages + columns + c * 16 * kTileRow;
+      const Stage* const q_tile = stages + columns + tile;
       const Stage* const grad_tile = q_tile + QueryTiles::kTile;
       uint32_t p[kWarpTiles][4], ds[kWarpTiles][4];
 #pragma unroll
@@ -129,15 +135,15 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
         uint32_t q[4], grad[4];
         load_matrices(q, q_tile + n * 8 * kTileRow);
         load_matrices(grad, grad_tile + n * 8 * kTileRow);
-        const int first_pair = (8 * c + 4 * n) * int(sizeof(PairSide));
-        const auto& pair = *reinterpret_cast<const PairSide*>(sides + beside + first_pair);
-        const auto exponent = *reinterpret_cast<const float2*>(pair.statistics.exponent);
-        const auto less = *reinterpret_cast<const float4*>(pair.statistics.less);
+        const Stage* const pair = stages + side + n * 4 * int(sizeof(PairSide));
+        const auto& of = reinterpret_cast<const PairSide*>(pair + pairs)->statistics;
+        const auto exponent = *reinterpret_cast<const float2*>(of.exponent);
+        const auto less = *reinterpret_cast<const float4*>(of.less);
         uint32_t bits0 = 0, bits1 = 0;
         if constexpr (kDropout) {
-          const auto* const words = reinterpret_cast<const uint32_t*>(sides + kept + first_pair);
-          bits0 = words[0] << (lane / 4);
-          bits1 = words[kKeptWords] << (lane / 4);
+          const auto* const kept = reinterpret_cast<const uint32_t*>(pair + words);
+          bits0 = kept[0] << (lane / 4);
+          bits1 = kept[kKeptWords] << (lane / 4);
         }
 #pragma unroll
         for (int m = 0; m < kWarpTiles; ++m) {
@@ -160,26 +166,26 @@ __device__ __forceinline__ void key_gradients(const AttentionInputs& in,
       }
 #pragma unroll
       for (int slice = 0; slice < kSlices; ++slice) {
-        const Stage* const tile = stages + (rows ^ slice * kSliceStep) + c * 16 * kTileRow;
+        const Stage* const q_rows = stages + (rows ^ slice * kSliceStep) + tile;
         uint32_t q[4], grad[4];
-        load_matrices_transposed(q, tile);
-        load_matrices_transposed(grad, tile + QueryTiles::kTile);
+        load_matrices_transposed(q, q_rows);
+        load_matrices_transposed(grad, q_rows + QueryTiles::kTile);
 #pragma unroll
         for (int m = 0; m < kWarpTiles; ++m) {
           add_rows<element_t>(dk[m], ds[m], q, slice);
           add_rows<element_t>(dv[m], p[m], grad, slice);
         }
       }
+      tile += 16 * kTileRow;
+      side += 8 * int(sizeof(PairSide));
     }
-    columns ^= QueryTiles::kStage;
-    rows ^= QueryTiles::kStage;
-    beside ^= kSide;
-    kept ^= kSide;
+    tile = (tile - QueryTiles::kTile) ^ QueryTiles::kStage;
+    side = (side - kQueryStep / 2 * int(sizeof(PairSide))) ^ kSide;
   }
   const Rows written = keys_of(in, image);  // again: the main loop has no registers for them
   const float share = kDropout ? kept_share(in) : 1;
-  grad_k.write<element_t>(dk, kScale / share, written, image, head, first, lane);
-  grad_v.write<element_t>(dv, 1 / share, written, image, head, first, lane);
+  grad_k.write<element_t>(dk, kScale / share, written, image, head, own.number, lane);
+  grad_v.write<element_t>(dv, 1 / share, written, image, head, own.number, lane);
 }
 
 }  // namespace detr_fast

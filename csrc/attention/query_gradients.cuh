@@ -212,7 +212,8 @@ __device__ __forceinline__ void query_gradients(const AttentionInputs& in,
     if (group > 0) return;
   }
   const float share = kDropout ? kept_share(in) : 1;
-  grad_q.write<element_t>(dq, kScale / share, queries_of(in, image), image, head, first, lane);
+  grad_q.write<element_t>(dq, kScale / share, queries_of(in, image), image, head, first + lane / 4,
+                          lane);
 }
 
 }  // namespace detr_fast
