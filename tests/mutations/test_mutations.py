@@ -115,7 +115,7 @@ def test_sources_pass_every_check(subject):
 @pytest.mark.long
 @pytest.mark.usefixtures("needs_simulator")
 @pytest.mark.parametrize(
-    "arguments", [["--subject=boxes"], ["--subject=attention", "--sample=130"]]
+    "arguments", [["--subject=boxes"], ["--subject=attention", "--sample=120"]]
 )
 def test_checks_notice_every_mutant(arguments, capsys):
     status = mutate_kernels.main(arguments)
