@@ -153,8 +153,9 @@ inline void check_set_loss_backward(const SetLossProblems& p, const Tensor& grad
   check_number(divisor, "divisor", {p.layers, kDivisorColumns}, logits);
 }
 
-// The gradients of `layers`: one block of memory (L, ...) where all are of one shape, so that whoever
-// stacks them again has nothing to copy. An op must not return its slices, which are one tensor's.
+// The gradients of `layers`: one block of memory (L, ...) where all are of one shape, so that
+// whoever stacks them again has nothing to copy. An op must not return its slices, which are one
+// tensor's.
 struct LayerGradients {
   std::vector<Tensor> results;  // what the op returns: the block, or a tensor for each layer
   std::vector<Tensor> layers;
