@@ -175,9 +175,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> set_loss_backward_cuda(
     const SetLossInputs dense_inputs = laid_out(inputs);
     const Tensor weights = dense(grad), saved = dense(softmax), by = dense(divisor);
     if (arithmetic_type(logits[0]) == torch::headeronly::ScalarType::Double) {
-      backward<double>(problems, dense_inputs, weights, saved, by, grad_logits.layers, grad_boxes.layers);
+      backward<double>(problems, dense_inputs, weights, saved, by, grad_logits.layers,
+                       grad_boxes.layers);
     } else {
-      backward<float>(problems, dense_inputs, weights, saved, by, grad_logits.layers, grad_boxes.layers);
+      backward<float>(problems, dense_inputs, weights, saved, by, grad_logits.layers,
+                      grad_boxes.layers);
     }
   }
   return {grad_logits.results, grad_boxes.results};
