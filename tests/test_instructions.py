@@ -151,6 +151,9 @@ def test_scores_take_few_instructions(kernels):
     for name, code in kernels.items():
         kernel, dropout = name.partition("<")[0], "true" in name
         for start, end in code.loops():
+            # a product needs its whole warp
+            products = [i for i in range(start, end + 1) if code.opcode(i) == "HMMA"]
+            assert not any(code.guards[i] for i in products), name
             opcodes = code.step(start, end)
             loop = LOOPS[kernel][opcodes["HMMA"]]
             outer = code.around(start, end)

@@ -26,7 +26,9 @@ namespace detr_fast {
 //   real or has no keys. Dropout keeps a weight with probability kept / kKeepLevels and divides it
 //   by that; kept = kKeepLevels means none, and then there is no seed. q, k and v may lie in any
 //   strides; those whose rows are not 16-byte aligned are copied.
-//   An image's results do not depend on the others, on how often it is computed, or on padding.
+//   An image's results do not depend on the others, on how often it is computed, or on padding: but
+//   for dropout, which goes by its place in the batch, and up to 128 queries, which without a
+//   query_rect are computed by other warps than with one.
 // attention_backward(grad (B, Q, H, D), q, k, v, out, lse, keep, query_rect, key_rect, key_count,
 //                    padded_width, kept)
 //     -> gradients of q, k and v in their type, 0 where a row is not real: one tensor
@@ -75,7 +77,8 @@ inline void check_attention(const AttentionArguments& a) {
   check_grid(a.key_rect, "key_rect", keys, a.padded_width);
   STD_TORCH_CHECK(a.kept > 0 && a.kept <= kKeepLevels, "kept: expected 1 to ", kKeepLevels,
                   ", got ", a.kept);
-  constexpr int64_t most_blocks = 65535, most_rows = std::numeric_limits<int>::max() / 2;
+  // rows that are not real have numbers, too, whose positions shall be no more than an int
+  constexpr int64_t most_blocks = 65535, most_rows = 1 << 23;
   STD_TORCH_CHECK(images <= most_blocks && heads <= most_blocks, "q: expected at most ",
                   most_blocks, " images and heads, got ", images, " and ", heads);
   STD_TORCH_CHECK(queries <= most_rows && keys <= most_rows, "expected at most ", most_rows,

@@ -11,19 +11,24 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+// The stride of a dimension of size 1 may be any number.
+int64_t step(const Tensor& heads, int64_t dim) {
+  return heads.size(dim) > 1 ? heads.stride(dim) : 0;
+}
+
 // Heads whose rows are neighbouring columns on 16-byte boundaries, copied only where they are not.
 Tensor aligned(const Tensor& heads) {
   constexpr int64_t elements = 8;  // in 16 bytes
   constexpr int64_t most_step = std::numeric_limits<int>::max() / 2;
-  const auto strides = heads.strides();
-  bool fits = strides[3] == 1 && strides[2] <= most_step &&
+  bool fits = step(heads, 3) == 1 && step(heads, 2) <= most_step &&
               reinterpret_cast<uintptr_t>(heads.const_data_ptr()) % 16 == 0;
-  for (int i = 0; i < 3; ++i) fits = fits && strides[i] % elements == 0;
-  return fits ? heads : torch::stable::contiguous(torch::stable::clone(heads));
+  for (int i = 0; i < 3; ++i) fits = fits && step(heads, i) % elements == 0;
+  if (fits) return heads;
+  return heads.is_contiguous() ? torch::stable::clone(heads) : torch::stable::contiguous(heads);
 }
 
 HeadsInput heads_input(const DeviceScope& device, const Tensor& heads) {
-  return {read_elements(device, heads), heads.stride(0), heads.stride(1), int(heads.stride(2))};
+  return {read_elements(device, heads), step(heads, 0), step(heads, 1), int(step(heads, 2))};
 }
 
 // (B, L, H, D) as (B, H, L, D)

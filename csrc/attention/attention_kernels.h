@@ -47,8 +47,8 @@ DETR_FAST_HOST_DEVICE int statistics_rows(int queries) {
   return (queries + kStatisticsRows - 1) / kStatisticsRows * kStatisticsRows;
 }
 
-// Few queries: an image's keys are divided among warps, or most of the GPU would wait. Decided by
-// what does not depend on the other images of a batch: else an image's bits would.
+// Few queries: an image's keys are divided among warps, or most of the GPU would wait. Not where
+// queries may be padding: an image's bits would depend on how many those are.
 DETR_FAST_HOST_DEVICE bool few_queries(const AttentionInputs& in) {
   return in.queries <= 128 && in.query_rect == nullptr;
 }

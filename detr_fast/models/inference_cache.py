@@ -7,7 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-MOST_ENTRIES = 8  # grids of images that are resized to one shorter side: a handful are frequent
+MOST_ENTRIES = 4  # grids of images that are resized to one shorter side: a handful are frequent
+# make_fx and fake tensors, which the two conditions on compilers do not see
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 Value = TypeVar("Value", Tensor, tuple[Tensor, ...])
 
 
@@ -15,8 +17,8 @@ class InferenceCache(nn.Module):
     """Results of functions of weights, forgotten when a weight is changed, moved or replaced.
 
     It is in use in eval mode with gradients disabled. ``train()``, ``eval()`` and ``to()`` of the
-    model empty it. A weight that was written through its ``data`` alone, which torch does not
-    count as a change, needs one of them.
+    model empty it. A weight that was written through its ``data`` alone, by the replay of a CUDA
+    graph or by an extension, none of which torch counts as a change, needs one of them.
 
     It has no part in the state dict, in copies or in files; compilers, exporters and CUDA graphs
     get the computation itself.
@@ -33,6 +35,7 @@ class InferenceCache(nn.Module):
             or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch._C._get_tracing_state() is not None
+            or any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
             # a CUDA graph would outlive the result
             or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         )
@@ -76,6 +79,11 @@ class InferenceCache(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._entries.clear()
         return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> "InferenceCache":
+        replica: InferenceCache = super()._replicate_for_data_parallel()
+        replica._entries = {}  # a thread's own
+        return replica
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_entries": {}}

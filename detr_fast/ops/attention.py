@@ -175,7 +175,9 @@ def attention(
     Padded keys are skipped and padded queries give 0: neither is read, whatever it holds.
     Differentiable once.  Where :func:`detr_fast.ops.backend` says ``"fused"``, an image's results
     and gradients are the same bits in any batch and with any padding; else they are those of
-    ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``).
+    ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``).  Two exceptions: dropout goes
+    by an image's place in the batch, and up to 128 queries have other bits with a ``query_rect``
+    than without: give that of the whole grid to compare.
 
     Under autocast all but float64 is computed in the dtype of autocast.
 
@@ -195,8 +197,8 @@ def attention(
             that the mean is exact.  What is dropped follows torch's generator of the device.
 
     Returns:
-        Tensor[B, H, Q, V]: averages of the values; 0 where there is no key.  Of the dtype of q; in
-        memory (B, Q, H, V) where it is fused.
+        Tensor[B, H, Q, V]: averages of the values; 0 where there is no key.  Of the dtype that it
+        is computed in; in memory (B, Q, H, V) where it is fused.
 
     Raises:
         RuntimeError: if a shape, dtype or device does not fit, or a sequence is no such grid.

@@ -141,7 +141,8 @@ def attention_weights(
     at_a_time = max(1, _MOST_SCORES // max(1, images * heads * keys))
     for first in range(0, queries, at_a_time):
         some = slice(first, first + at_a_time)
-        scores = q[:, :, some].float() @ k.float().mT * q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):
+            scores = q[:, :, some].float() @ k.float().mT * q.shape[-1] ** -0.5
         if real_keys is not None:
             scores = scores.masked_fill(~real_keys[:, None, None], -torch.inf)
         part = _softmax(scores)

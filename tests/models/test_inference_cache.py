@@ -8,6 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
 from benchmarks.dispatched import dispatched
@@ -130,6 +132,24 @@ def test_elsewhere_nothing_is_kept(counted, elsewhere):
     assert counted.computed == 2
     assert_close(counted.eval()(), torch.full((3,), 2.0))
     assert type(counted()) is torch.Tensor
+
+
+@pytest.mark.parametrize("tracer", ["make_fx", "fake tensors"])
+def test_a_tracer_gets_the_computation(counted, tracer):
+    counted()
+    if tracer == "make_fx":
+        traced = make_fx(lambda: counted())()
+        assert any(node.op == "call_function" for node in traced.graph.nodes)
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            counted()
+    assert counted.computed == 2
+
+
+def test_replicas_do_not_share_what_they_keep(counted):
+    replica = counted.kept._replicate_for_data_parallel()
+    counted()
+    assert not replica._entries
 
 
 def test_autocast_and_inference_mode_know_their_own(counted):

@@ -29,7 +29,7 @@ TOLERANCE = {
 EXACT = {HALF: {"atol": 0, "rtol": 0}}  # of padding alone
 NAN = float("nan")
 SEED = -0x61E2_83C4_AE0F_D59C
-MOST_ROWS = 2**30 - 1
+MOST_ROWS = 2**23
 MOST_STEP = 2**30 - 8  # elements from row to row, a multiple of 16 bytes
 # of (2, 2, 21, 32), and where it begins
 ODD_STRIDES = [

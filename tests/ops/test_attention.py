@@ -224,6 +224,15 @@ def test_a_fused_projection_has_its_gradient_in_one_block(device):
     assert_same_bits([x.transpose(1, 2) for x in grad.unbind(2)], list(run(case)[1:]))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_stride_of_one_row_is_of_no_account(device, rows):
+    case = attention_case(rows, 1, heads=1, device=device)
+    q, k, v = (
+        x.as_strided(x.shape, (*x.stride()[:2], 1, 1)) if x.shape[2] == 1 else x for x in case[:3]
+    )
+    assert_same_bits(run(case._replace(q=q, k=k, v=v)), run(case))
+
+
 # ---- what torch's SDPA computes
 
 

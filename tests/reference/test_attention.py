@@ -131,6 +131,13 @@ def test_padding_is_what_multihead_attention_masks():
     assert_close(found, weights.masked_fill(padding[..., None], 0).float())
 
 
+def test_weights_for_pictures_are_float32_under_autocast():
+    q, k = torch.randn(2, 1, 2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = reference.attention_weights(q, k)
+    assert torch.equal(found, reference.attention_weights(q, k))
+
+
 def test_dropout_divides_by_what_it_keeps():
     q, k, v = random_qkv(400, 64)
     torch.manual_seed(0)
