@@ -30,7 +30,6 @@ EXACT = {HALF: {"atol": 0, "rtol": 0}}  # of padding alone
 NAN = float("nan")
 SEED = -0x61E2_83C4_AE0F_D59C
 MOST_ROWS = 2**23
-MOST_STEP = 2**30 - 8  # elements from row to row, a multiple of 16 bytes
 # of (2, 2, 21, 32), and where it begins
 ODD_STRIDES = [
     ((4000, 2000, 64, 2), 0),
@@ -221,11 +220,10 @@ def placements() -> Iterator[Check]:
         arguments = (*check.arguments[:place], odd, *check.arguments[place + 1 :])
         yield check._replace(arguments=arguments, copies=True, every_schedule=False)
     check = next(case_checks(Case(1, 1, 1, 1)))
-    for step in (MOST_STEP, MOST_STEP + 8):
-        q = check.arguments[0].as_strided((1, 1, 1, 32), (32, 32, step, 1))
+    for step in (7, 2**40):  # strides of one row, one head, one image: of no account
+        q = check.arguments[0].as_strided((1, 1, 1, 32), (step, step, step, 1))
         arguments = (q, *check.arguments[1:])
-        copies = step > MOST_STEP
-        yield check._replace(arguments=arguments, copies=copies, every_schedule=False)
+        yield check._replace(arguments=arguments, copies=False, every_schedule=False)
 
 
 def limits() -> Iterator[Check]:
