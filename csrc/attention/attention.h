@@ -4,7 +4,6 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <limits>
 #include <optional>
 #include <vector>
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Host side of attention on CUDA.
+#include <limits>
+
 #include "attention/attention.h"
 #include "attention/attention_kernels.h"
 #include "common/device_element.h"
