@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.harness import Contender, compare, one_thread
+from benchmarks.harness import Contender, compare, threads_of
 from benchmarks.report import records_table
 
 RECORDS = pytest.StashKey[list]()
@@ -37,21 +37,20 @@ def bench(request):
     plugin = request.config.pluginmanager.hasplugin("benchmark")
     benchmark = request.getfixturevalue("benchmark") if plugin else None
     timed = benchmark is None or benchmark.enabled
-    threads = torch.get_num_threads()
-    one_thread(option.bench_device)
 
     def run(case):
-        setup = case.build()
-        record = compare(case, setup, option.bench_device, timed=timed, quick=option.bench_quick)
-        request.config.stash[RECORDS].append(record)
-        if benchmark is not None:
-            subject = next(iter(setup.contenders.values()))
-            assert isinstance(subject, Contender)
-            benchmark.pedantic(waiting(subject.run, option.bench_device), rounds=5, iterations=1)
-            benchmark.extra_info.update(record)
+        device = option.bench_device
+        with threads_of(case, device):
+            setup = case.setup(timed)
+            record = compare(case, setup, device, timed=timed, quick=option.bench_quick)
+            request.config.stash[RECORDS].append(record)
+            if benchmark is not None:
+                subject = next(iter(setup.contenders.values()))
+                assert isinstance(subject, Contender)
+                benchmark.pedantic(waiting(subject.run, device), rounds=5, iterations=1)
+                benchmark.extra_info.update(record)
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def waiting(run, device):

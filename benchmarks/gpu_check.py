@@ -31,6 +31,7 @@ from benchmarks.report import results_page  # noqa: E402
 WORK = ROOT / "build" / "gpu_check"
 BUDGET = 530  # seconds: under 9 minutes
 NO_GPU = 2
+LONG = ("evaluation", "inference", "train_step")  # behind the others, better in a run of their own
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
@@ -40,11 +41,13 @@ def parts() -> dict[str, Callable[[Setting], Found]]:
         subject: functools.partial(gpu_parts.benchmark, subject=subject)
         for subject in ("limits", *benchmark_subjects())
     }
-    return benchmarks | {
+    long = {name: benchmarks.pop(name) for name in LONG if name in benchmarks}
+    checks = {
         "conformance": gpu_parts.conformance,
         "tests": gpu_parts.tests,
         "sanitizer": gpu_parts.sanitizer,
     }
+    return benchmarks | checks | long
 
 
 def run_parts(

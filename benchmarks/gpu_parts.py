@@ -26,8 +26,10 @@ TAIL = 3000  # characters of a failing command's output that the result keeps
 SANITIZER_TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_ERROR = 9  # exit status of the sanitizer when it found something
 QUICK_TESTS = "ops/test_boxes.py"
-# benchmarks that run no kernel of detr_fast but those of others, beside a whole model
-NOT_OURS = {"training"}
+# benchmarks that run no kernel of detr_fast but those of others, beside a whole model, or none
+NOT_OURS = {"evaluation", "inference", "loader", "train_step"}
+# seconds that a benchmark may take; whole models compile for a minute each
+SECONDS, SECONDS_OF = 120, {"limits": 40, "evaluation": 240, "inference": 400, "train_step": 500}
 
 PROBE = """
 import json, detr_fast
@@ -171,7 +173,7 @@ def benchmark(setting: Setting, subject: str) -> Found:
     file = setting.work / f"{subject}.json"
     file.unlink(missing_ok=True)
     command = setting.benchmark(subject, "--json", file)
-    ended = setting.run(subject, command, seconds=40 if subject == "limits" else 120)
+    ended = setting.run(subject, command, seconds=SECONDS_OF.get(subject, SECONDS))
     records = json.loads(file.read_text()) if file.exists() else []
     failed = [record["case"] for record in records if "error" in record]
     if ended.status == 0 and records and not failed:

@@ -12,6 +12,7 @@ import importlib
 import json
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,16 +21,18 @@ from typing import Any
 import torch
 from torch.testing import assert_close
 
-from benchmarks.dispatched import dispatched
-from benchmarks.limits import clocks_of_all_sms, measured_limits
+from benchmarks.limits import MIB, clocks_of_all_sms, measured_limits
+from benchmarks.memory import Held, peak_bytes
 from benchmarks.report import records_table
 from benchmarks.timing import Run, Time, time_all, time_on_gpu
+from detr_fast.engine.dispatched import dispatched
 
 HERE = Path(__file__).resolve().parent
 SECONDS = {"cpu": 0.5, "cuda": 0.2}  # spent on each contender
 QUICK_SECONDS = 0.02
 
 Check = Callable[[Any, Any], None]
+Floor = str | tuple[str, str]  # a peer; or two contenders
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,19 @@ class Contender:
     Args:
         run (Callable): a call without arguments, which is timed.
         checked (Callable): returns what is compared; ``run`` unless that is random.
+        check (Callable): in place of the case's, where it computes in another precision.
         slow_start (bool): compiles first; left out of quick runs and where nothing is timed.
         waits (bool): synchronises with the GPU, so that no CUDA graph can hold it.
+        held (Callable): bytes of GPU memory that it keeps between calls; with it the record of a
+            GPU tells the peak of a call, :func:`benchmarks.memory.peak_bytes`.
     """
 
     run: Run
     checked: Run | None = None
+    check: Check | None = None
     slow_start: bool = False
     waits: bool = False
+    held: Held | None = None
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,14 @@ class Case:
         flops (int): floating-point operations, counted for matmul-bound cases.
         scores (int): products of a query and a key that attention has to compute.
         scores_per_clock (float): the most that the design of its kernels allows an SM.
-        floors (dict[str, float]): the least ratio to a peer; less fails a run that is not quick.
+        floors (dict): the least ratio of a peer to the subject, or of the first of two contenders
+            to the second; less fails a run that is not quick.
         count_ops (bool): record how many calls of torch each contender makes.
+        images (int): of a call; with it the record tells images a second.
+        in_graph (bool): on a GPU, also time the kernels alone, many calls in one CUDA graph.
+        all_threads (bool): a CPU computes with as many threads as it has cores; others with one.
+        small (Callable): makes the inputs at a size at which a slow case is quick, for runs that
+            compare and time nothing.
     """
 
     name: str
@@ -87,14 +101,22 @@ class Case:
     flops: int = 0
     scores: int = 0
     scores_per_clock: float = 0.0
-    floors: dict[str, float] = field(default_factory=dict, repr=False)
+    floors: dict[Floor, float] = field(default_factory=dict, repr=False)
     count_ops: bool = field(default=False, repr=False)
+    images: int = 0
+    in_graph: bool = field(default=True, repr=False)
+    all_threads: bool = field(default=False, repr=False)
+    small: Callable[[], Setup] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.name
 
+    def setup(self, timed: bool) -> Setup:
+        """The contenders with their inputs, small ones where nothing is timed."""
+        return self.build() if timed or self.small is None else self.small()
 
-def on_cpu(device: torch.device, floors: dict[str, float] | None) -> dict[str, float]:
+
+def on_cpu(device: torch.device, floors: dict[Floor, float] | None) -> dict[Floor, float]:
     """The floors of a case, where it has any: none of them speaks of a GPU."""
     return floors or {} if device.type == "cpu" else {}
 
@@ -157,10 +179,22 @@ def agreeing(case: Case, setup: Setup, slow: bool) -> dict[str, Contender | Miss
             result[name] = Missing(f"{type(error).__name__}: {_first_line(error)}")
             continue
         try:
-            case.check(actual, expected)
+            (contender.check or case.check)(actual, expected)
         except AssertionError as error:
             raise AssertionError(f"{case}, {name}: {error}") from None
     return result
+
+
+@contextmanager
+def threads_of(case: Case, device: torch.device) -> Iterator[None]:
+    """Within this context a CPU computes with the threads of the case, which is one for most."""
+    before = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(before if case.all_threads else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def compare(
@@ -175,10 +209,11 @@ def compare(
         return {"case": case.name, "equal": ", ".join(ready), "missing": missing}
     seconds = QUICK_SECONDS if quick else SECONDS[device.type]
     times = time_all({name: c.run for name, c in ready.items()}, device, seconds)
-    entries = {name: _rounded(time) for name, time in times.items()}
+    entries = {name: _rounded(time) | _images(case, time) for name, time in times.items()}
     if device.type == "cuda":
         for name, contender in ready.items():
-            entries[name] |= _gpu_time(contender, seconds)
+            entries[name] |= _peak(contender)
+            entries[name] |= _gpu_time(contender, seconds) if case.in_graph else {}
     if case.count_ops:
         for name, contender in ready.items():
             if not contender.slow_start:  # a compiled graph would be compiled anew
@@ -190,11 +225,16 @@ def compare(
         if "gpu_us" in entry and "gpu_us" in ours:
             entry["gpu_ratio"] = round(entry["gpu_us"] / ours["gpu_us"], 2)
     peers = {name: entries.get(name) or absent[name] for name in contenders if name != subject}
-    for name, floor in ({} if quick else case.floors).items():
-        ratio = peers[name].get("ratio", floor)  # a peer that is missing shows nothing
-        assert ratio >= floor, f"{case}: {ratio}x of {name}, the floor is {floor}x"
+    for names, floor in ({} if quick else case.floors).items():
+        slower, faster = (names, subject) if isinstance(names, str) else names
+        if not {slower, faster} <= times.keys():
+            continue  # a peer that is missing shows nothing
+        ratio, of = round(times[slower].us / times[faster].us, 2), slower
+        of += f" over {faster}" if faster != subject else ""
+        assert ratio >= floor, f"{case}: {ratio}x of {of}, the floor is {floor}x"
     rates = _rates(case, ours.get("gpu_us", ours["us"]), device, quick)
-    return {"case": case.name, "subject": subject} | ours | rates | {"peers": peers}
+    threads = {"threads": torch.get_num_threads()} if case.all_threads else {}
+    return {"case": case.name, "subject": subject} | threads | ours | rates | {"peers": peers}
 
 
 def run_benchmark(
@@ -207,7 +247,8 @@ def run_benchmark(
     module = importlib.import_module(f"benchmarks.bench_{subject}")
     for case in module.cases(device, quick):
         try:
-            yield compare(case, case.build(), device, timed=timed, quick=quick)
+            with threads_of(case, device):
+                yield compare(case, case.setup(timed), device, timed=timed, quick=quick)
         except Exception as error:
             traceback.print_exc()
             yield {"case": case.name, "error": f"{type(error).__name__}: {error}"[:2000]}
@@ -216,12 +257,6 @@ def run_benchmark(
 def subjects() -> list[str]:
     """Names of the benchmarks of this folder."""
     return sorted(path.stem.removeprefix("bench_") for path in HERE.glob("bench_*.py"))
-
-
-def one_thread(device: torch.device) -> None:
-    """CPU figures are those of one thread, on any machine."""
-    if device.type == "cpu":
-        torch.set_num_threads(1)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -236,7 +271,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     for unknown in set(options.subject) - set(known):
         parser.error(f"no benchmark {unknown!r}; there are {', '.join(known)}")
-    one_thread(options.device)
     records = []
     for subject in options.subject or (subjects() if options.equality else known):
         for record in run_benchmark(
@@ -250,7 +284,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _rounded(time: Time) -> dict[str, Any]:
-    return {"us": _digits(time.us), "spread": round(time.spread, 3)}
+    spread = {} if time.spread is None else {"spread": round(time.spread, 3)}
+    return {"us": _digits(time.us)} | spread
+
+
+def _images(case: Case, time: Time) -> dict[str, Any]:
+    return {"img_s": _digits(case.images / time.us * 1e6)} if case.images else {}
+
+
+def _peak(contender: Contender) -> dict[str, Any]:
+    if contender.held is None:
+        return {}
+    return {"peak_mib": round(peak_bytes(contender.run, contender.held) / MIB)}
 
 
 def _gpu_time(contender: Contender, seconds: float) -> dict[str, Any]:

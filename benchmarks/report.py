@@ -4,6 +4,8 @@
 import textwrap
 from typing import Any
 
+WIDE = {"img_s": "img/s", "peak_mib": "MiB at peak"}
+
 
 def results_page(page: dict[str, Any]) -> str:
     """The results of one device as Markdown: what it is, the state of each part, its records."""
@@ -34,12 +36,17 @@ def records_table(records: list[dict[str, Any]]) -> str:
 def _cases_table(cases: list[dict[str, Any]]) -> str:
     if not cases:
         return ""
-    lines = ["| case | subject | us | spread | GPU us | of the limit | peers |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | --- | --- |")
+    # columns of whole models; other tables do without
+    wide = {key: name for key, name in WIDE.items() if any(key in record for record in cases)}
+    names = ["case", "subject", "us", "spread", *wide.values(), "GPU us", "of the limit", "peers"]
+    numbers = {"us", "spread", "GPU us", *wide.values()}
+    lines = [f"| {' | '.join(names)} |"]
+    lines.append(f"| {' | '.join('---:' if name in numbers else '---' for name in names)} |")
     for record in cases:
         cells = [record["case"], record["subject"] + _ops(record)]
-        cells += [f"{record['us']:g}", f"{record['spread']:.0%}"]
-        cells += [f"{record['gpu_us']:g}" if "gpu_us" in record else "", _rate(record)]
+        cells += [f"{record['us']:g}", f"{record['spread']:.0%}" if "spread" in record else ""]
+        cells += [f"{record[key]:g}" if key in record else "" for key in (*wide, "gpu_us")]
+        cells.append(_rate(record))
         cells.append("; ".join(_peer(*item) for item in record["peers"].items()))
         lines.append(f"| {' | '.join(_cell(c) for c in cells)} |")
     return "\n".join(lines)
@@ -49,7 +56,8 @@ def _peer(name: str, entry: dict[str, Any]) -> str:
     if "missing" in entry:
         return f"{name}: missing ({textwrap.shorten(entry['missing'], 60)})"
     gpu = f", {entry['gpu_ratio']:g}x GPU time" if "gpu_ratio" in entry else ""
-    return f"{name} {entry['ratio']:g}x ({entry['us']:g} us{gpu}{_ops(entry)})"
+    wide = "".join(f", {entry[key]:g} {unit}" for key, unit in WIDE.items() if key in entry)
+    return f"{name} {entry['ratio']:g}x ({entry['us']:g} us{wide}{gpu}{_ops(entry)})"
 
 
 def _ops(entry: dict[str, Any]) -> str:

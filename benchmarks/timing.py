@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Medians of interleaved rounds: processor time on a CPU, events on a GPU."""
+"""Medians of interleaved rounds: processor or wall time on a CPU, events on a GPU."""
 
 import statistics
 import time
@@ -12,6 +12,7 @@ Run = Callable[[], Any]
 SHORTEST_ROUND = 5e-3  # seconds: long enough that what the others left in the caches is forgotten
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 LONG = 0.5  # seconds: a call to which warm caches mean nothing, so that each of them counts
+ONCE = 20.0  # seconds that count: a call that is made once, of which no spread is known
 RUNS_PER_GRAPH = 20  # shares out the launch of the graph
 
 
@@ -19,7 +20,7 @@ class Time(NamedTuple):
     """Median time of one call, and how far apart the quartiles of the rounds lie."""
 
     us: float
-    spread: float  # (third - first quartile) / median
+    spread: float | None  # (third - first quartile) / median; None of a single call
 
 
 def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, Time]:
@@ -33,32 +34,40 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
         seconds (float): wall time to spend on each of them, about.
 
     Returns:
-        dict[str, Time]: for each name, microseconds of a call.  On a CPU that is processor time: it
-        equals wall time where one thread computes on an idle machine, and other processes on a busy
-        one do not add to it.  On a GPU it is the time between events, as the caller sees it: the
-        launches are included where they take longer than the kernels.
+        dict[str, Time]: for each name, microseconds of a call.  On a CPU that is processor time
+        where one thread computes: it equals wall time on an idle machine, and other processes on a
+        busy one do not add to it; with more threads it is wall time.  On a GPU it is the time
+        between events, as the caller sees it: the launches are included where they take longer
+        than the kernels.
     """
     one_round = _cuda_round if device.type == "cuda" else _cpu_round
     counts, warm, rounds = {}, {}, MOST_ROUNDS
+    samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
-        once = _wall_time(one_round, run, 1)
+        start = time.perf_counter()
+        first = one_round(run, 1)  # waits for its end
+        once = time.perf_counter() - start
+        if first >= ONCE:
+            samples[name].append(first)
+            continue
         if once < LONG:
             _wall_time(one_round, run, 1)
             once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
         warm[name] = once < LONG
         counts[name] = max(1, round(SHORTEST_ROUND / once))
         rounds = min(rounds, int(seconds / (counts[name] * once)))
-    samples: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(max(rounds, LEAST_ROUNDS)):
-        for name, run in runs.items():
+        for name in counts:
             if warm[name]:
-                run()
-            samples[name].append(one_round(run, counts[name]) / counts[name])
+                runs[name]()
+            samples[name].append(one_round(runs[name], counts[name]) / counts[name])
     return {name: summary(values) for name, values in samples.items()}
 
 
 def summary(seconds: list[float]) -> Time:
     """Median in microseconds and relative spread of samples in seconds."""
+    if len(seconds) == 1:
+        return Time(us=seconds[0] * 1e6, spread=None)
     first, median, third = statistics.quantiles(seconds, n=4, method="inclusive")
     return Time(us=median * 1e6, spread=(third - first) / median)
 
@@ -90,10 +99,12 @@ def _wall_time(one_round: Callable[[Run, int], float], run: Run, count: int) -> 
 
 
 def _cpu_round(run: Run, count: int) -> float:
-    start = time.process_time()
+    # of several threads each counts while it waits, too
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     for _ in range(count):
         run()
-    return time.process_time() - start
+    return clock() - start
 
 
 def _cuda_round(run: Run, count: int) -> float:

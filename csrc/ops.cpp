@@ -71,4 +71,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETR_FAST_NAMESPACE, m) {
       "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor keep, Tensor? query_rect, Tensor? key_rect, Tensor? key_count, SymInt padded_width, "
       "int kept) -> Tensor[]");
+  // Bytes (B, 3, H, W) to normalised pixels (B, H, W, 3), 0 outside of sizes (B, 2)
+  m.def(
+      "normalize_images(Tensor images, Tensor? sizes, float[] mean, float[] std, "
+      "ScalarType dtype) -> Tensor");
+  // Writes x * 256 / kept where a random byte is below kept, else 0; CPU alone
+  m.def("dropout_bytes(Tensor x, Tensor random, int kept, Tensor(a!) out) -> ()");
 }

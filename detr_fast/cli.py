@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``detr-fast train`` and ``detr-fast eval``, which ``tools/`` calls, too.
+"""The command line: ``detr-fast train``, ``eval`` and ``profile``, which ``tools/`` calls, too.
 
 Exit codes: 0 done, 1 the training diverged, 2 a mistake of the user (also a full disk or too little
 GPU memory), 130 stopped by Ctrl-C, 143 by SIGTERM.
@@ -8,19 +8,22 @@ GPU memory), 130 stopped by Ctrl-C, 143 by SIGTERM.
 import io
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from detr_fast.config import UsageError, configure, output_dir, parse
+from detr_fast.command_line import parse
+from detr_fast.config import Config, UsageError, configure, output_dir
 from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import stored_flags
 from detr_fast.engine.check import check_data
 from detr_fast.engine.evaluate import evaluate_checkpoint
 from detr_fast.engine.log import say
 from detr_fast.engine.metrics import TrainingDivergedError
+from detr_fast.engine.profile import FLAGS, Options, profile
 from detr_fast.engine.resume import newest_checkpoint
 from detr_fast.engine.train import fit
 from detr_fast.models.checkpoint import CheckpointError, read_checkpoint
@@ -41,6 +44,11 @@ Without --coco_path it learns generated shapes, in minutes on a CPU."""
 EVALUATE = """Evaluate a checkpoint: losses and COCO AP.
 
 Model and data come from the checkpoint where it tells, else from the flags."""
+PROFILE = """Train for some steps, write nothing, and tell where their time went.
+
+Flags are those of training: a profile is of that run, on its own data."""
+
+Checkpoint = dict[str, Any] | None
 
 
 def _complain(error: BaseException) -> None:
@@ -70,13 +78,39 @@ def _start(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None
     return given, read_checkpoint(source) if source else None
 
 
-def _run(program: str, description: str, arguments: Sequence[str] | None, eval: bool) -> int:
+def _train_or_evaluate(config: Config, checkpoint: Checkpoint, _: dict[str, Any]) -> int:
+    if config.check_data:
+        check_data(config)
+        return 0
+    if checkpoint and config.eval:
+        evaluate_checkpoint(config, checkpoint)
+        return 0
+    return fit(config, checkpoint)
+
+
+def _profile(config: Config, checkpoint: Checkpoint, options: dict[str, Any]) -> int:
+    if config.eval or config.check_data:
+        raise UsageError("--eval, --check_data: a profile is of training: leave them out")
+    say(profile(config, checkpoint, Options(**options)).table())
+    return 0
+
+
+def _run(
+    program: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    work: Callable[[Config, Checkpoint, dict[str, Any]], int] = _train_or_evaluate,
+    *,
+    eval: bool = False,
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> int:
     debug = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # class names that it cannot show are no error
             stream.reconfigure(errors="backslashreplace")
     try:
-        given = parse(program, description, arguments)
+        given = parse(program, description, arguments, more)
+        options = {name: given.pop(name) for name in more if name in given}
         debug = given.get("debug", False)
         if eval:
             given["eval"] = True
@@ -84,13 +118,7 @@ def _run(program: str, description: str, arguments: Sequence[str] | None, eval: 
         config = configure(given, stored_flags(checkpoint) if checkpoint else None)
         say(config.headline())
         say(str(config))
-        if config.check_data:
-            check_data(config)
-            return 0
-        if checkpoint and config.eval:
-            evaluate_checkpoint(config, checkpoint)
-            return 0
-        return fit(config, checkpoint)
+        return work(config, checkpoint, options)
     except KeyboardInterrupt:
         return 130
     except (*MISTAKES, TrainingDivergedError) as error:
@@ -110,12 +138,17 @@ def _run(program: str, description: str, arguments: Sequence[str] | None, eval: 
 
 def train(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run ``tools/train.py``; return its exit code."""
-    return _run(program, TRAIN, arguments, eval=False)
+    return _run(program, TRAIN, arguments)
 
 
 def evaluate(arguments: Sequence[str] | None = None, program: str = "eval.py") -> int:
     """Run ``tools/eval.py``; return its exit code."""
     return _run(program, EVALUATE, arguments, eval=True)
+
+
+def profile_step(arguments: Sequence[str] | None = None, program: str = "profile_step.py") -> int:
+    """Run ``tools/profile_step.py``; return its exit code."""
+    return _run(program, PROFILE, arguments, _profile, more=FLAGS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,11 +158,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(rest, program="detr-fast train")
     if command == "eval":
         return evaluate(rest, program="detr-fast eval")
+    if command == "profile":
+        return profile_step(rest, program="detr-fast profile")
     if command == "--version":
         say(version("detr-fast"))
         return 0
     if command in ("-h", "--help"):
-        say("usage: detr-fast {train,eval} [flags]; flags: detr-fast train --help")
+        say("usage: detr-fast {train,eval,profile} [flags]; flags: detr-fast train --help")
         return 0
-    _complain(UsageError(f"detr-fast: expected train or eval, got {command!r}"))
+    _complain(UsageError(f"detr-fast: expected train, eval or profile, got {command!r}"))
     return 2

@@ -6,15 +6,13 @@ that names it: the command line, the checkpoint of ``--resume`` (of ``--finetune
 only), ``--model``, the preset of ``--dataset_file``, the default.
 """
 
-import argparse
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from detr_fast.data.transforms import longest_side
+from detr_fast.data.augmentation import longest_side
 from detr_fast.models.detr import MODELS
 from detr_fast.models.model_config import BACKBONES, POSITION_EMBEDDINGS, ModelConfig
 from detr_fast.models.position_encoding import PositionEncodingLearned
@@ -90,6 +88,14 @@ class Config:
     ema_decay: float = flag(0, "evaluate a moving average of the weights with this decay, e.g. 0.9997; 0: off", "optimisation")
     patience: int = flag(0, "stop after this many epochs without a better AP; 0: off", "optimisation")
 
+    backend: str = flag("fast", "fast, or reference: the original's step in plain PyTorch, for comparison; it takes none of the flags below", "speed", choices=("fast", "reference"))
+    amp: str = flag("auto", "precision of products: off (float32), bf16 or fp16; auto: bf16 on CUDA, in training also on CPUs that compute in it", "speed", choices=("auto", "off", "bf16", "fp16"))
+    padding: str = flag("bucket", "training batches: bucket (images of like sizes together, sizes rounded up to --bucket) or official (any images together, padded to the largest); evaluation is official", "speed", choices=("bucket", "official"))
+    bucket: int = flag(64, "pixels to whose multiples the sizes of training batches are rounded up", "speed")
+    compile: str = flag("off", "torch.compile of the model: on or off; auto: on CUDA, to train", "speed", choices=("auto", "on", "off"))
+    cuda_graphs: str = flag("off", "replay steps of shapes that return as CUDA graphs: on or off; auto: on CUDA", "speed", choices=("auto", "on", "off"))
+    cache: str = flag("auto", "decoded images in memory, where all loader processes share them from the first epoch on: ram or off; auto: where they fit into half of what is free", "speed", choices=("auto", "off", "ram"))
+
     output_dir: str = flag("", "folder for log, checkpoints and pictures; empty writes none", "run")
     device: str = flag("auto", "auto (CUDA if there is one), cuda, cuda:1, cpu, ...", "run")
     seed: int = flag(42, "seed of all random numbers", "run")
@@ -160,50 +166,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as :class:`UsageError`, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-def _parser(program: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=program,
-        description=description,
-        argument_default=argparse.SUPPRESS,  # what is left out is not in the namespace
-        allow_abbrev=False,
-    )
-    entries = [entry for entry in fields(Config) if entry.metadata]
-    titles = dict.fromkeys(entry.metadata["group"] for entry in entries)
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    for entry in entries:
-        options = dict(entry.metadata["options"])
-        name, text = options.pop("name", entry.name), entry.metadata["help"]
-        if entry.type is bool:
-            options["action"] = "store_false" if entry.default else "store_true"
-        else:
-            options["type"] = entry.type
-            text += f" ({entry.default})" if entry.default != "" else ""
-        names = [f"--{name}" for name in (name, *options.pop("aliases", ()))]
-        groups[entry.metadata["group"]].add_argument(*names, dest=entry.name, help=text, **options)
-    return parser
-
-
-def parse(program: str, description: str, arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Read a command line: the flags that stand there, and no others.
-
-    Args:
-        program (str): its name in messages.
-        description (str): the first lines of ``--help``.
-        arguments (Sequence[str], optional): default: those of this process.
-
-    Raises:
-        UsageError: if a flag is unknown or has a value of the wrong kind.
-    """
-    return vars(_parser(program, description).parse_args(arguments))
-
-
 class Stored(NamedTuple):
     """What a checkpoint says of the run that wrote it.
 
@@ -217,6 +179,15 @@ class Stored(NamedTuple):
 
 
 DATA_FLAGS = ("coco_path", "train_images", "train_annotations", "val_images", "val_annotations")
+# what --backend reference stands for; it also takes `auto`, which means the same
+REFERENCE_FLAGS = {
+    "amp": "off",
+    "padding": "official",
+    "compile": "off",
+    "cuda_graphs": "off",
+    "cache": "off",
+}
+_SPEED = [entry.name for entry in fields(Config) if entry.metadata["group"] == "speed"]
 # what belongs to a call, not to a run that goes on
 _OF_A_CALL = ("resume", "finetune", "start_epoch", "eval", "check_data", "debug", "device")
 # what an evaluation takes from the run; the rest is as the command line says
@@ -267,6 +238,14 @@ def configure(given: dict[str, Any], stored: Stored | None = None) -> Config:
     values = {**preset, **of_model, **run, **architecture, **given, "dataset_file": dataset}
     if values.get("eval"):  # only a folder that was asked for is written to
         values["output_dir"] = given.get("output_dir", "")
+    if values.get("backend") == "reference":
+        for name in sorted(given.keys() & set(_SPEED) - {"backend"}):
+            if given[name] not in ("auto", REFERENCE_FLAGS.get(name)):
+                raise UsageError(
+                    f"--{name} {given[name]} contradicts --backend reference, the original's step: "
+                    "leave one of the two out"
+                )
+        values |= REFERENCE_FLAGS
     config = Config(**values)
     _check(config)
     return config
@@ -280,6 +259,8 @@ def _returning(run: dict[str, Any], given: dict[str, Any], own_data: bool) -> di
     known -= set(_OF_A_CALL)
     if given.get("eval"):
         known &= set(_OF_THE_DATA)
+    if run.get("backend") == "reference":  # its flags follow from it, and go with it
+        known -= set(_SPEED) - {"backend"}
     if own_data:  # all of it is named anew
         known -= set(DATA_FLAGS)
     folder = Path(given.get("resume", "")).parent
@@ -315,7 +296,7 @@ def _check(config: Config) -> None:
     least |= {"start_epoch": 0, "lr": 0, "lr_backbone": 0, "weight_decay": 0, "clip_max_norm": 0}
     least |= {"accumulate_steps": 1, "warmup_steps": 0, "ema_decay": 0, "patience": 0, "seed": 0}
     least |= {"checkpoint_steps": 0, "keep_checkpoints": 1, "image_size": 32}
-    least |= {"max_skipped_steps": 1}
+    least |= {"max_skipped_steps": 1, "bucket": 1}
     for entry in fields(Config):
         if entry.type is float and not math.isfinite(getattr(config, entry.name)):
             value = getattr(config, entry.name)

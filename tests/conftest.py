@@ -2,12 +2,14 @@
 """Fixtures that all tests share."""
 
 import os
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch._functorch.config
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from tests.cudasim import simulated, unsupported
 
@@ -47,13 +49,37 @@ def test_data() -> Path:
     return folder.resolve()
 
 
+class MetaAutocast(TorchFunctionMode):
+    """Products in half precision, as autocast would have them: it does not know the meta device."""
+
+    products = (F.conv2d, F.linear, F.scaled_dot_product_attention)
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = [None]
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.products and self.dtypes[-1]:
+            args = [x.to(self.dtypes[-1]) if isinstance(x, torch.Tensor) else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def computing_in(self, dtype):
+        self.dtypes.append(dtype)
+        with nullcontext() if dtype is None else self:
+            yield
+        self.dtypes.pop()
+
+
 @pytest.fixture
 def meta(monkeypatch):
     """The meta device, where looking at a number raises; autocast alone does not know it."""
-    autocast = torch.autocast
+    autocast, on_meta = torch.autocast, MetaAutocast()
 
-    def known(device_type, **options):
-        return nullcontext() if device_type == "meta" else autocast(device_type, **options)
+    def known(device_type, dtype=None, enabled=True, **options):
+        if device_type == "meta":
+            return on_meta.computing_in(dtype if enabled else None)
+        return autocast(device_type, dtype=dtype, enabled=enabled, **options)
 
     monkeypatch.setattr(torch, "autocast", known)
     return torch.device("meta")

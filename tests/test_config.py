@@ -3,7 +3,8 @@
 
 import pytest
 
-from detr_fast.config import Stored, UsageError, configure, output_dir, parse
+from detr_fast.command_line import parse
+from detr_fast.config import Stored, UsageError, configure, output_dir
 
 # flag -> default of facebookresearch/detr's main.py
 ORIGINAL = {
@@ -178,6 +179,7 @@ def test_evaluation_writes_only_where_it_is_told():
         ("--dataset_file coco", "--dataset_file coco needs --coco_path"),
         ("--eval", "evaluation needs --resume"),
         ("--batch_size 0", "--batch_size: expected at least 1, got 0"),
+        ("--bucket 0", "--bucket: expected at least 1, got 0"),
         ("--lr nan", "--lr: expected a finite number, got nan"),
         ("--set_cost_bbox inf", "--set_cost_bbox: expected a finite number, got inf"),
         ("--eos_coef -1", "--eos_coef: expected at least 0, got -1.0"),

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from benchmarks.dispatched import dispatched
 from detr_fast import HungarianMatcher, SetCriterion, Targets, ops
 from detr_fast.criterion import loss_weights, weighted_losses
+from detr_fast.engine.dispatched import dispatched
 from detr_fast.matcher import deformable_detr, dino
 from detr_fast.ops import ClassLoss
 from detr_fast.ops.layers import unbind_layers

@@ -33,6 +33,7 @@ REGISTERS = {
     "set_loss_kernel": {"float": 72, "double": 152},
     "set_loss_finish_kernel": {"float": 64, "double": 64},
     "set_loss_backward_kernel": {"float": 72, "double": 152},
+    "normalize_images_kernel": dict.fromkeys(("float", *HALVES), 40),
 }
 ENTRY = re.compile(
     r"entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"

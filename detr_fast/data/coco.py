@@ -8,7 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from detr_fast.data.annotations import CocoAnnotations, DatasetError
+from detr_fast.data.augmentation import size_of
+from detr_fast.data.cache import ImageCache
+from detr_fast.data.image_folder import image_sizes
 from detr_fast.data.images import KINDS, UnusableImage, check_image, read_image
 from detr_fast.data.labels import LabelMap
+from detr_fast.data.sampler import Draw
 from detr_fast.data.validate import DataReport, one_line
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 # what becomes of an unusable image
 INSTEAD = {"replace": "replaced by the next one", "skip": "left out"}
@@ -37,8 +38,10 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         image_folder: holds the images under their ``file_name``
         annotations: a JSON file in the COCO instances format, which must be without faults, or
             what `CocoAnnotations.from_dict` made of one
-        transforms: maps ``(PIL image, target)``, with boxes (Tensor[N, 4]) as corners in pixels,
-            to what ``dataset[i]`` returns; see `detr_fast.data.transforms`
+        transforms: maps ``(image, target)``, with the image as uint8 (Tensor[3, h, w]), which it
+            leaves as it is, and boxes (Tensor[N, 4]) as corners in pixels, to what ``dataset[i]``
+            returns; for ``dataset[Draw(i, seed)]`` the seed is a third argument; see
+            `detr_fast.data.transforms`
         labels: the model's labels; by default those of the annotations' own categories. Categories
             are matched by name, and annotations of the others are left out.
         unusable: what to do when opening an image finds its file missing, broken or of another
@@ -52,6 +55,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         num_classes (int): size of the classifier without "no object" (91 for official COCO)
         category_ids (dict[int, int]): label to category id of the annotations
         annotations (CocoAnnotations): what is left of the annotations
+        cache (ImageCache | None): keeps the images that ``dataset[i]`` decodes; None at first
 
     Raises:
         DatasetError: the folder or file is missing or malformed, or no image or no class is left;
@@ -64,7 +68,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self,
         image_folder: str | Path,
         annotations: str | Path | CocoAnnotations,
-        transforms: Callable[[Image, dict[str, Tensor]], tuple[Tensor, dict[str, Tensor]]],
+        transforms: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         *,
         labels: LabelMap | None = None,
         unusable: str = "raise",
@@ -92,32 +96,56 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self._category_of, self._label_of = np.array(pairs, dtype=np.int64).T.copy()
         # a byte per image, key of KINDS or 0, which the loader's workers and this process share
         self._faults = torch.zeros(len(self), dtype=torch.uint8).share_memory_()
+        self.cache: ImageCache | None = None
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | None:
+    def __getitem__(self, index: int | Draw) -> tuple[Tensor, dict[str, Tensor]] | None:
         """Image and target after the transforms; None for an image that is skipped.
 
+        Args:
+            index: of the image; with a `Draw` its augmentation is that of the seed
+
         Returns:
-            The image (Tensor[3, H, W] float32, normalised) and a dict with boxes (Tensor[N, 4]
-            float32: centre, width, height as shares of the image), labels (int64[N]), area
-            (float32[N], square pixels of the returned image), iscrowd (int64[N], all 0),
-            image_id (int64[1]), orig_size and size (int64[2]: height, width).
+            The image (Tensor[3, H, W] float32, normalised, or uint8, as the transforms have it) and
+            a dict with boxes (Tensor[N, 4] float32: centre, width, height as shares of the image),
+            labels (int64[N]), area (float32[N], square pixels of the returned image), iscrowd
+            (int64[N], all 0), image_id (int64[1]), orig_size and size (int64[2]: height, width).
         """
+        index, *seed = index if isinstance(index, Draw) else (index,)
         found = self._first_usable(range(len(self))[index])
         if found is None:
             return None
         index, image = found
-        return self.transforms(image, self._target(index, image.width, image.height))
+        return self.transforms(image, self._target(index, *size_of(image)), *seed)
+
+    def image_sizes(self) -> np.ndarray:
+        """Height and width of all images (int64[N, 2]).
+
+        Where the annotations do not give them, they are read from the headers of the files: some
+        ten seconds for 100,000 images. An image whose header cannot be read counts as 480 x 640.
+        """
+        sizes = self.annotations.sizes.copy()
+        unknown = np.flatnonzero(self.unknown_sizes)
+        if len(unknown):
+            names = self.annotations.file_names[unknown].tolist()
+            found = image_sizes(self.image_folder, names, DataReport(self.annotations.source))
+            sizes[unknown] = [size[::-1] if size else (480, 640) for size in found]
+        return sizes
+
+    @property
+    def unknown_sizes(self) -> np.ndarray:
+        """Of which images the annotations do not give height and width (bool[N])."""
+        unknown: np.ndarray = (self.annotations.sizes <= 0).any(axis=1)
+        return unknown
 
     def load_image(self, index: int) -> Tensor:
         """The image as it is on disk, upright (uint8 Tensor[3, H, W], RGB)."""
         try:
-            image = read_image(self._path(index), self._size(index))
+            return read_image(self._path(index), self._size(index))
         except UnusableImage as error:
             raise self._error(index, error) from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
     def fault(self, index: int) -> tuple[str, str] | None:
         """What keeps image ``index`` from being used, as kind and culprit for a `DataReport`."""
@@ -183,11 +211,11 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             )
         return annotations.keep_categories(known)
 
-    def _first_usable(self, first: int) -> tuple[int, Image] | None:
+    def _first_usable(self, first: int) -> tuple[int, Tensor] | None:
         for index in chain(range(first, len(self)), range(first)):
             if not self._faults[index]:
                 try:
-                    return index, read_image(self._path(index), self._size(index))
+                    return index, self._read(index)
                 except UnusableImage as error:
                     if self.unusable == "raise":
                         raise self._error(index, error) from error
@@ -198,6 +226,15 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             f"{self.image_folder}: none of the {len(self)} images that {self.annotations.source} "
             "lists can be used; is it the folder of these annotations?"
         )
+
+    def _read(self, index: int) -> Tensor:
+        if self.cache is None:
+            return read_image(self._path(index), self._size(index))
+        image = self.cache.get(index)
+        if image is None:
+            image = read_image(self._path(index), self._size(index))
+            self.cache.put(index, image)
+        return image
 
     def _say(self, index: int, error: UnusableImage) -> None:
         self._faults[index] = error.kind
@@ -220,7 +257,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         table = self.annotations
         return f"image {table.image_ids[index]} ({table.file_names[index]})"
 
-    def _target(self, index: int, width: int, height: int) -> dict[str, Tensor]:
+    def _target(self, index: int, height: int, width: int) -> dict[str, Tensor]:
         table = self.annotations
         rows = np.arange(*table.starts[index : index + 2])
         rows = rows[table.crowds[rows] == 0]

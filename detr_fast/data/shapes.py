@@ -2,7 +2,7 @@
 """The generated default data set `shapes-v1`: pictures of four shapes with exact boxes.
 
 A picture is a function of (seed, index) and of nothing else: every draw comes from the counter
-based SplitMix64 below and every pixel from integer arithmetic, so that all platforms and all
+based SplitMix64 and every pixel from integer arithmetic, so that all platforms and all
 versions of numpy paint the same picture.  It is frozen: another pixel needs another name.
 
 Each picture has 1 to 6 objects on a textured background with unlabelled clutter (lines, squiggles,
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from detr_fast.data.transforms import normalize
+from detr_fast.data.augmentation import draw_flip, fresh_seed
+from detr_fast.data.sampler import Draw
+from detr_fast.data.splitmix import GOLDEN, mix
+from detr_fast.data.transforms import PIXELS, normalize
 
 NAME = "shapes-v1"
 SIDE = 128  # height and width of a picture
@@ -41,14 +44,6 @@ _COLOUR_CANDIDATES = 6
 _ATTEMPTS = 12
 
 _MASK64 = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _mix(words: np.ndarray) -> np.ndarray:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014), elementwise on uint64."""
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 class _Random:
@@ -56,14 +51,14 @@ class _Random:
 
     def __init__(self, seed: int, index: int):
         start = np.array([(seed << 32 | index) & _MASK64], dtype=np.uint64)
-        self._state = _mix(start * np.uint64(_GOLDEN) + np.uint64(_GOLDEN))
+        self._state = mix(start * GOLDEN + GOLDEN)
         self._used = 0
         self._ahead: list[int] = []
 
     def words(self, count: int) -> np.ndarray:
         steps = np.arange(self._used + 1, self._used + count + 1, dtype=np.uint64)
         self._used += count
-        return _mix(self._state + steps * np.uint64(_GOLDEN))
+        return mix(self._state + steps * GOLDEN)
 
     def below(self, bound: int) -> int:
         """An integer in [0, bound)."""
@@ -266,11 +261,12 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     Args:
         image_set (str): "train" (2,000 pictures) or "val" (500 pictures)
-        augment (bool, optional): mirror half of the pictures, drawn from torch's global generator;
-            default: only in "train"
+        augment (bool, optional): mirror half of the pictures, by the seed of the `Draw` or, for a
+            plain index, by one from torch's global generator; default: only in "train"
         length (int, optional): use the first pictures only
+        pixels (str): "float32", normalised, or "uint8"
 
-    Items are `(image, target)`: image (Tensor[3, 128, 128]) float32, normalised;
+    Items are `(image, target)`: image (Tensor[3, 128, 128]);
     target holds boxes (Tensor[n, 4]) float32 cxcywh in [0, 1], labels (Tensor[n]) int64,
     image_id, area (Tensor[n], of the boxes in pixels), iscrowd, orig_size and size (h, w).
     """
@@ -278,14 +274,25 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     class_names = CLASS_NAMES
     num_classes = max(CLASS_NAMES) + 1
     category_ids: ClassVar = {label: label for label in CLASS_NAMES}
+    _normalized: ClassVar = normalize(  # of every byte in every channel
+        torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+    ).numpy()[:, 0]
 
-    def __init__(self, image_set: str, augment: bool | None = None, length: int | None = None):
+    def __init__(
+        self,
+        image_set: str,
+        augment: bool | None = None,
+        length: int | None = None,
+        pixels: str = "float32",
+    ):
         if image_set not in LENGTHS:
             raise ValueError(f"image_set must be one of {sorted(LENGTHS)}, got {image_set!r}")
         most = LENGTHS[image_set]
         if length is not None and not 0 < length <= most:
             raise ValueError(f"length must be in 1..{most} for {image_set!r}, got {length}")
-        self.image_set = image_set
+        if pixels not in PIXELS:
+            raise ValueError(f"pixels {pixels!r}: choose {' or '.join(PIXELS)}")
+        self.image_set, self.pixels = image_set, pixels
         self.augment = image_set == "train" if augment is None else augment
         self._kept: list[tuple[Tensor, Tensor, Tensor] | None] = [None] * (length or most)
 
@@ -322,25 +329,37 @@ class ShapesDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         counts = torch.bincount(labels, minlength=self.num_classes).tolist()
         return {label: counts[label] for label in self.class_names}
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        pixels, corners, labels = self._picture(index)
-        image = normalize(pixels)
-        x0, y0, x1, y1 = corners.float().div(SIDE).unbind(1)  # exact: SIDE is a power of two
-        boxes = torch.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], dim=1)
-        if self.augment and torch.rand(()) < 0.5:
-            image = image.flip(-1)
-            boxes[:, 0] = 1 - boxes[:, 0]
+    def __getitem__(self, index: int | Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        flip = False
+        if isinstance(index, Draw):
+            index, seed = index
+            flip = self.augment and draw_flip(seed)
+        elif self.augment:
+            flip = draw_flip(fresh_seed())
+        image, corners, labels = self._picture(index)
+        x0, y0, x1, y1 = corners.numpy().astype(np.float32).T / SIDE  # exact: a power of two
+        if flip:
+            x0, x1 = 1 - x1, 1 - x0
+        width, height = x1 - x0, y1 - y0
+        boxes = np.stack([(x0 + x1) / 2, (y0 + y1) / 2, width, height], axis=1)
         size = torch.tensor([SIDE, SIDE])
         target = {
-            "boxes": boxes,
+            "boxes": torch.from_numpy(boxes),
             "labels": labels.clone(),
             "image_id": torch.tensor([range(len(self))[index]]),
-            "area": boxes[:, 2] * boxes[:, 3] * SIDE**2,
+            "area": torch.from_numpy(width * height * SIDE**2),
             "iscrowd": torch.zeros_like(labels),
             "orig_size": size,
             "size": size,
         }
-        return image, target
+        return torch.from_numpy(self._pixels(image.numpy(), flip)), target
+
+    def _pixels(self, image: np.ndarray, flip: bool) -> np.ndarray:
+        # numpy: torch would start threads for each step of this
+        image = image[:, :, :: -1 if flip else 1].copy()
+        if self.pixels == "uint8":
+            return image
+        return np.stack([table.take(c) for table, c in zip(self._normalized, image, strict=True)])
 
     @cached_property
     def ground_truth(self) -> dict[str, Any]:

@@ -4,16 +4,20 @@
 import signal
 from argparse import Namespace
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSampler
 
 from detr_fast.config import Config, Stored, UsageError
 from detr_fast.criterion import SetCriterion, loss_weights
 from detr_fast.data.batch import collate
+from detr_fast.data.coco import CocoDetection
 from detr_fast.data.labels import COCO_CATEGORIES, COCO_NUM_CLASSES
-from detr_fast.data.sampler import SeededSamples, ShuffledBatches
+from detr_fast.data.packed import PackedCollate
+from detr_fast.data.sampler import BucketedBatches, ShuffledBatches
 from detr_fast.data.validate import one_line
 from detr_fast.engine.log import say
 from detr_fast.engine.random_state import seed_everything
@@ -83,7 +87,9 @@ def _leave_signals_to_the_main_process(worker: int) -> None:
 def build_loader(
     dataset: Dataset, config: Config, device: torch.device, *, shuffle: bool
 ) -> DataLoader:
-    """Batches of ``--batch_size`` images: shuffled and full (`ShuffledBatches`), or all in order.
+    """Batches of ``--batch_size`` images: shuffled and full, or all in order.
+
+    Shuffled batches are those of ``--padding`` (`BucketedBatches`, `ShuffledBatches`).
 
     Raises:
         UsageError: if there are too few images for a full batch.
@@ -92,15 +98,19 @@ def build_loader(
         raise UsageError(
             f"--batch_size {config.batch_size}: there are only {len(dataset)} training images"
         )
-    if shuffle:
+    bucket = bucket_of(config, dataset) if shuffle else 0
+    if bucket:
+        batches = BucketedBatches(
+            _image_sizes(dataset), config.batch_size, config.seed, config.image_size, bucket
+        )
+    elif shuffle:
         batches = ShuffledBatches(len(dataset), config.batch_size, config.seed)
-        dataset = SeededSamples(dataset)
     else:
         batches = BatchSampler(SequentialSampler(dataset), config.batch_size, drop_last=False)
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=PackedCollate(partial(collate, multiple=bucket or None)),
         num_workers=config.num_workers,
         worker_init_fn=_leave_signals_to_the_main_process,
         persistent_workers=config.num_workers > 0,
@@ -110,9 +120,48 @@ def build_loader(
     )
 
 
+def bucket_of(config: Config, dataset: Dataset) -> int:
+    """``--bucket``, where training batches are grouped by it.
+
+    0 under ``--padding official``, and for generated images, which have one size.
+    """
+    return config.bucket if config.padding == "bucket" and hasattr(dataset, "image_sizes") else 0
+
+
+def _image_sizes(dataset: CocoDetection) -> np.ndarray:
+    if unknown := np.count_nonzero(dataset.unknown_sizes):
+        say(
+            f"{dataset.annotations.source}: gives no size for {unknown} images; their headers are "
+            "read (--padding official needs no sizes)"
+        )
+    return dataset.image_sizes()
+
+
+def begin_epoch(loader: DataLoader, epoch: int, batch: int) -> None:
+    """Let the next pass over training batches be that of an epoch, and say what padding it has.
+
+    Args:
+        loader (DataLoader): of `build_loader`, shuffled.
+        epoch (int): its number.
+        batch (int): the first batch.
+    """
+    batches = loader.batch_sampler
+    batches.begin(epoch, batch)
+    if isinstance(batches, BucketedBatches):
+        padding = batches.padding()
+        say(
+            f"Epoch: [{epoch}]  batches have {padding.shapes} shapes and {padding.waste:.2f} times "
+            f"the pixels of their images ({padding.at_random:.2f} with --padding official)"
+        )
+
+
 def build_model(config: Config, num_classes: int) -> DETR:
     """The model of the flags with weights as they are at the start of a training from nothing."""
-    return build_detr(config.model_config(num_classes), train_backbone=config.lr_backbone > 0)
+    return build_detr(
+        config.model_config(num_classes),
+        folded=config.backend == "fast",
+        train_backbone=config.lr_backbone > 0,
+    )
 
 
 def load_starting_weights(

@@ -15,6 +15,7 @@ from detr_fast.data.shapes import ShapesDetection
 from detr_fast.data.transforms import eval_transforms, train_transforms
 from detr_fast.data.validate import DataReport, leave_out_missing_images
 from detr_fast.engine.build import class_names_of
+from detr_fast.engine.cache import cache_images
 from detr_fast.engine.log import say
 from detr_fast.models.checkpoint import CheckpointError, model_config_from_checkpoint
 from detr_fast.models.model_config import ModelConfig
@@ -27,6 +28,8 @@ def build_datasets(
 ) -> list[Dataset]:
     """The data sets of a run, what is wrong with them said in a line per kind.
 
+    Those of a training keep their images as ``--cache`` says.
+
     Args and errors are those of :func:`read_datasets`; under ``--strict_data`` a DatasetError, too,
     if anything is wrong.
     """
@@ -36,7 +39,10 @@ def build_datasets(
         raise DatasetError(
             f"{wrong} problems in the data, said above: mend them, or leave --strict_data out"
         )
-    return [dataset for dataset, _ in datasets]
+    found = [dataset for dataset, _ in datasets]
+    if not config.eval:  # which reads every image once
+        cache_images(config, found)
+    return found
 
 
 def read_datasets(
@@ -57,8 +63,12 @@ def read_datasets(
         DatasetError: if there are no usable data.
         UsageError: if the checkpoint does not know the classes of the data.
     """
+    # the fast path sends bytes and normalises them on the device
+    pixels = "uint8" if config.backend == "fast" else "float32"
     if config.dataset_file == "shapes":
-        shapes = [ShapesDetection(split, augment=split == "train") for split in splits]
+        shapes = [
+            ShapesDetection(split, augment=split == "train", pixels=pixels) for split in splits
+        ]
         if checkpoint is not None:
             names = ShapesDetection.class_names
             labels_of_checkpoint(config, checkpoint, names, set(names))
@@ -78,7 +88,7 @@ def read_datasets(
         CocoDetection(
             sources[split].images,
             tables[split],
-            (train_transforms if split == "train" else eval_transforms)(config.image_size),
+            (train_transforms if split == "train" else eval_transforms)(config.image_size, pixels),
             labels=labels,
             unusable="raise" if config.strict_data else "replace" if split == "train" else "skip",
             report=reports[split],

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from detr_fast.config import Config
 from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.annotations import DatasetError
-from detr_fast.engine.batch import image_ids, packed_targets
+from detr_fast.data.batch import ImageBatch
+from detr_fast.engine.backend import Execution, chosen_ops
+from detr_fast.engine.batch import DeviceBatches
 from detr_fast.engine.build import (
     build_criterion,
     build_device,
@@ -24,6 +26,8 @@ from detr_fast.engine.build import (
 from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.engine.metrics import TrainingDivergedError, listed, not_finite
+from detr_fast.engine.precision import Precision
+from detr_fast.engine.step import InferenceStep
 from detr_fast.evaluation.coco import CocoEvaluator, CocoResult
 from detr_fast.models.checkpoint import load_weights, write_checkpoint
 from detr_fast.models.postprocess import PostProcess
@@ -41,9 +45,9 @@ class Evaluation(NamedTuple):
 def evaluate(
     model: nn.Module,
     criterion: SetCriterion,
-    loader: DataLoader,
-    device: torch.device,
+    batches: DeviceBatches,
     *,
+    infer: Callable[[ImageBatch], dict[str, Any]] | None = None,
     evaluator: str = "hotcoco",
     print_freq: int = 10,
     keep: int = 12,
@@ -54,9 +58,10 @@ def evaluate(
     Args:
         model (nn.Module): DETR.
         criterion (SetCriterion): for the losses in the log.
-        loader (DataLoader): of a data set with ``ground_truth`` and ``category_ids``. A batch
+        batches (DeviceBatches): of a data set with ``ground_truth`` and ``category_ids``. A batch
             without a usable image is None.
-        device (torch.device): where the model is.
+        infer (Callable, optional): images to outputs; default: the model in the precision of its
+            weights.
         evaluator (str): ``"hotcoco"`` or ``"pycocotools"``.
         print_freq (int): batches between two lines of the log.
         keep (int): how many images' detections to return.
@@ -73,30 +78,29 @@ def evaluate(
     criterion.eval()
     log = MetricLogger(delimiter="  ")
     log.add_meter("class_error", SmoothedValue(window_size=1, fmt="{value:.2f}"))
-    dataset = loader.dataset
+    device, dataset = batches.device, batches.loader.dataset
+    infer = infer or InferenceStep(model, Precision(device))
     scores = CocoEvaluator(dataset.ground_truth, evaluator, dataset.category_ids)
     postprocess = PostProcess()
     samples: dict[int, dict[str, Tensor]] = {}
-    for batch in log.log_every(loader, print_freq, "Test:"):
+    for batch in log.log_every(batches, print_freq, "Test:"):
         if stopped():
             return None
         if batch is None:
             continue
-        images, targets = batch
-        packed = packed_targets(targets, criterion, device)
-        outputs = model(images.to(device, non_blocking=True))
-        losses = criterion(outputs, packed.to(device, non_blocking=True))
+        outputs = infer(batch.images)
+        losses = criterion(outputs, batch.targets)
         total, terms = weighted_losses(losses, criterion.weight_dict)
         if not total.isfinite():
             values = {name: value.item() for name, value in {"loss": total, **terms}.items()}
             raise TrainingDivergedError(
                 f"the losses of the evaluation are not finite ({listed(not_finite(values))}; "
-                f"images {image_ids(targets)}): lower --lr, or go on from an earlier checkpoint"
+                f"images {batch.image_ids}): lower --lr, or go on from an earlier checkpoint"
             )
         log.update(class_error=losses["class_error"], loss=total, **terms)
-        sizes = torch.stack([target["orig_size"] for target in targets])
+        sizes = torch.stack([target["orig_size"] for target in batch.annotations])
         detections = postprocess(outputs, sizes.to(device))
-        found = dict(zip(image_ids(targets), detections, strict=True))
+        found = dict(zip(batch.image_ids, detections, strict=True))
         for image_id in list(found)[: keep - len(samples)]:
             samples[image_id] = {k: v.cpu() for k, v in found[image_id].items()}
         scores.update(found)
@@ -138,17 +142,21 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         checkpoint (dict): the content of the file of ``--resume``.
     """
     device = build_device(config)
+    execution = Execution.of(config, device)
     [dataset] = build_datasets(config, ("val",), checkpoint)
     model = build_model(config, dataset.num_classes)
     load_weights(model, evaluated_weights(checkpoint))
-    evaluation = evaluate(
-        model.to(device),
-        build_criterion(config, dataset.num_classes).to(device),
-        build_loader(dataset, config, device, shuffle=False),
-        device,
-        evaluator=config.evaluator,
-        print_freq=config.print_freq,
-    )
+    model.to(device)
+    criterion = build_criterion(config, dataset.num_classes).to(device)
+    with chosen_ops(config):
+        evaluation = evaluate(
+            model,
+            criterion,
+            DeviceBatches(build_loader(dataset, config, device, shuffle=False), criterion, device),
+            infer=execution.inference(model),
+            evaluator=config.evaluator,
+            print_freq=config.print_freq,
+        )
     say_unusable_images(dataset)
     if config.per_class:
         say("\n".join(per_class_lines(evaluation.result)))

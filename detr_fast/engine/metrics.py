@@ -79,6 +79,18 @@ class DivergenceWatch:
             )
         say(f"warning: {where}: update skipped, not finite: {found}")
 
+    def overflowed(self, where: str, scale: float) -> None:
+        """An update was left out because float16 does not hold its gradient times the loss scale.
+
+        This is how a scale is found. It says nothing of the training, and is not counted, unless
+        the scale is down at 1.
+
+        Args:
+            where (str): epoch and step.
+            scale (float): the loss scale.
+        """
+        say(f"{where}: update skipped, its gradient overflows at a loss scale of {scale:g}")
+
 
 class _Step(NamedTuple):
     batch: int
@@ -111,7 +123,8 @@ class StepMetrics:
         skipped (int): updates skipped in the first part of this epoch, before `--resume`.
 
     Attributes:
-        skipped (int): updates of this epoch that were skipped, as far as they are read.
+        skipped (int): updates of this epoch that were skipped, as far as they are read; for any
+            reason.
     """
 
     def __init__(
@@ -138,7 +151,8 @@ class StepMetrics:
             images (Sequence[int]): ids of its images.
             values (Mapping[str, Tensor]): numbers on the device, ``"loss"`` and the terms of
                 `weighted_losses` among them. A step that ends in an update adds ``"skipped"`` (not
-                0 if it was left out) and ``"gradient_norm"``; these are not logged.
+                0 if it was left out) and ``"gradient_norm"``, one of a scaled loss
+                ``"loss_scale"``, too; these are not logged.
         """
         vector = torch.stack(list(values.values()))
         self._steps.append(_Step(batch, images, tuple(values), vector))
@@ -174,20 +188,25 @@ class StepMetrics:
 
     def _take(self, step: _Step, values: dict[str, float]) -> None:
         skipped, norm = values.pop("skipped", None), values.pop("gradient_norm", math.nan)
+        scale = values.pop("loss_scale", 1.0)
         self._window.append((step, {} if math.isfinite(values["loss"]) else not_finite(values)))
         if not skipped and math.isfinite(values["loss"]):
             self.log.update(**values)
         if skipped is None:  # its gradient waits for a later batch (--accumulate_steps)
             return
         # of several batches those that spoilt the update, or all where none did alone
-        window = [(s, terms) for s, terms in self._window if terms] or self._window
-        self._window = []
+        spoilt = [(s, terms) for s, terms in self._window if terms]
+        window, self._window = spoilt or self._window, []
         if not skipped:
             self.watch.good()
             return
         self.skipped += 1
+        where = f"epoch {self.epoch}, step {step.batch}"
+        if scale > 1 and not spoilt:
+            self.watch.overflowed(where, scale)
+            return
         self.watch.skipped(
-            f"epoch {self.epoch}, step {step.batch}",
+            where,
             {name: value for _, terms in window for name, value in terms.items()}
             or {"norm of the gradient": norm},
             [image for s, _ in window for image in s.images],

@@ -11,23 +11,29 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 
 from detr_fast.config import Config, UsageError
+from detr_fast.engine.loss_scale import LossScale
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, lr_backbone: float, weight_decay: float
+    model: nn.Module,
+    *,
+    lr: float,
+    lr_backbone: float,
+    weight_decay: float,
+    fused: bool | None = True,
 ) -> AdamW:
     """AdamW over the trainable parameters; those of the backbone learn at a rate of their own.
 
     The groups, and the order of the parameters in them, are those of facebookresearch/detr: its
     checkpoints hold optimizer states that fit. The fused kernels also leave out an update on the
-    word of the device (``found_inf``).
+    word of the device (``found_inf``). With ``fused=None`` torch chooses, as in the original.
     """
     parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [p for name, p in parameters if "backbone" not in name]},
         {"params": [p for name, p in parameters if "backbone" in name], "lr": lr_backbone},
     ]
-    return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    return AdamW(groups, lr=lr, weight_decay=weight_decay, fused=fused)
 
 
 def build_schedule(optimizer: AdamW, lr_drop: int) -> StepLR:
@@ -131,52 +137,106 @@ class Learner:
     knows; what the host counts (`steps`, and with it warm-up and the memory of the average) goes
     on.
 
+    Gradients of float16 are those of a scaled loss (`LossScale`), until the update. One that
+    overflows is left out like any other that is not finite.
+
     Args:
         model (nn.Module): what learns, on its device and with its weights.
         config (Config): the flags.
+        scaled (bool): scale the loss: for products in float16.
+        static_gradients (bool): gradients are the same tensors for the whole run, as a CUDA graph
+            of a backward pass needs it; the default frees their memory between updates and spares
+            a pass that adds.
 
     Attributes:
         steps (int): updates so far, with those that were left out.
         rate (float): learning rate of the last update (all but the backbone).
-        updated (bool): whether the last `learn` ended with an update; between updates there are
+        updated (bool): whether the batch in hand ends with an update; between updates there are
             gradients that no checkpoint holds.
+        scale (LossScale | None): of the loss.
         norm (Tensor): 0-dim on the device, the norm of the last update's gradient before clipping.
         skipped (Tensor): 0-dim on the device, 1 if the last update was left out, or else 0.
     """
 
     norm: Tensor
     skipped: Tensor
+    _scaled_by: Tensor
+    fused: bool | None = True  # of `build_optimizer`
 
-    def __init__(self, model: nn.Module, config: Config) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        *,
+        scaled: bool = False,
+        static_gradients: bool = False,
+    ) -> None:
         self.model, self.config = model, config
         self.optimizer = build_optimizer(
-            model, lr=config.lr, lr_backbone=config.lr_backbone, weight_decay=config.weight_decay
+            model,
+            lr=config.lr,
+            lr_backbone=config.lr_backbone,
+            weight_decay=config.weight_decay,
+            fused=self.fused,
         )
         self.schedule = build_schedule(self.optimizer, config.lr_drop_epoch)
         self.steps, self.updated = 0, True
         self.rate = config.lr
         self.statistics = RunningStatistics(model)
         self.average = MovingAverage(model, config.ema_decay) if config.ema_decay else None
-        self._losses: Tensor | float = 0.0
+        device = next(model.parameters()).device
+        self.scale = LossScale(device) if scaled else None
+        self._share = 1.0  # of the batch in hand in the average of its update
+        # by which a loss is multiplied; on the device, so that a CUDA graph reads what is new
+        self._factor = torch.ones((), device=device)
+        self._losses = torch.zeros((), device=device)  # of the batches of an update, added up
+        self._static: list[tuple[nn.Parameter, Tensor]] = []
+        if static_gradients:
+            learning = [p for p in model.parameters() if p.requires_grad]
+            self._static = [(p, torch.zeros_like(p)) for p in learning]
+            self._put_gradients_back()
 
     @property
     def evaluated(self) -> nn.Module:
         """The model whose AP counts: the moving average where there is one."""
         return self.model if self.average is None else self.average.module
 
-    def learn(self, loss: Tensor, batch: int, batches: int) -> None:
-        """Take in the loss of batch number ``batch`` of the ``batches`` of an epoch."""
+    def begin(self, batch: int, batches: int) -> None:
+        """Prepare for batch number ``batch`` of the ``batches`` of an epoch."""
         size = self.config.accumulate_steps
         first = batch - batch % size
         last = min(first + size, batches) - 1
         if batch == first:
-            self.optimizer.zero_grad()
-            self._losses = 0.0
-        (loss / (last + 1 - first)).backward()
-        self._losses = self._losses + loss.detach()
-        self.updated = batch == last
+            if self._static:
+                torch._foreach_zero_([gradient for _, gradient in self._static])
+                self._put_gradients_back()
+            else:
+                self.optimizer.zero_grad()
+            self._losses.zero_()
+        self._share, self.updated = 1 / (last + 1 - first), batch == last
+        if self.scale is None:
+            self._factor.fill_(self._share)
+        else:
+            torch.mul(self.scale.value, self._share, out=self._factor)
+
+    def _put_gradients_back(self) -> None:
+        for parameter, gradient in self._static:  # a graph writes nowhere else
+            parameter.grad = gradient
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a batch's loss; nothing but work of the device."""
+        loss.backward(self._factor)
+        self._losses += loss.detach()
+
+    def finish(self) -> None:
+        """Update the weights, where the batch is the last one of its update."""
         if self.updated:
             self._update()
+
+    def outcome(self) -> dict[str, Tensor]:
+        """What an update adds to the metrics of its batch: see `StepMetrics.add`."""
+        values = {"skipped": self.skipped, "gradient_norm": self.norm}
+        return values if self.scale is None else {**values, "loss_scale": self._scaled_by}
 
     def end_epoch(self) -> None:
         """Let the learning rates follow the schedule."""
@@ -185,9 +245,12 @@ class Learner:
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.schedule.step()
 
-    @torch.no_grad()
-    def _update(self) -> None:
+    def _clip(self) -> None:
+        """Clip the gradient, and tell the optimizer whether to leave the update out."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        if self.scale is not None:
+            self._scaled_by = self.scale.value.clone()
+            torch._foreach_mul_(gradients, self._scaled_by.reciprocal())
         self.norm = nn.utils.get_total_norm(gradients)
         if self.config.clip_max_norm > 0:
             nn.utils.clip_grads_with_norm_(
@@ -195,6 +258,16 @@ class Learner:
             )
         good = (self._losses + self.norm).isfinite()  # only if each of them is
         self.skipped = self.optimizer.found_inf = 1 - good.float()
+        if self.scale is not None:
+            self.scale.update(1 - self.norm.isfinite().float())
+
+    def _settle(self) -> None:
+        """Forget what the batches of an update that was left out have changed."""
+        self.statistics.settle(self.skipped == 0)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self._clip()
         groups = self.optimizer.param_groups
         scheduled = [group["lr"] for group in groups]
         if self.steps < self.config.warmup_steps:
@@ -204,7 +277,7 @@ class Learner:
         self.optimizer.step()
         for group, rate in zip(groups, scheduled, strict=True):
             group["lr"] = rate
-        self.statistics.settle(good)
+        self._settle()
         if self.average is not None:
             self.average.follow(self.steps)
         self.steps += 1
@@ -229,6 +302,8 @@ class Learner:
         }
         if self.average is not None:
             state["ema"] = self.average.module.state_dict()
+        if self.scale is not None:
+            state["scaler"] = self.scale.state_dict()
         return state
 
     def _learning(self) -> list[list[str]]:
@@ -270,3 +345,5 @@ class Learner:
         self.steps = checkpoint.get("steps", 0)
         if self.average is not None:
             self.average.module.load_state_dict(checkpoint.get("ema", checkpoint["model"]))
+        if self.scale is not None:
+            self.scale.load_state_dict(checkpoint.get("scaler", {}))

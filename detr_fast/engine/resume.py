@@ -56,8 +56,8 @@ class Progress:
         skipped (int): updates skipped in these batches.
         best_ap (float): highest AP so far; -1 before the first.
         best_epoch (int): its epoch.
-        images (tuple[int, ...]): number of training images, batch size, batches per update, seed:
-            what ``batch`` counts.
+        images (tuple[int, ...]): number of training images, batch size, batches per update, seed,
+            and for batches of like sizes bucket and image size, else 0: what ``batch`` counts.
     """
 
     epoch: int = 0
@@ -80,9 +80,10 @@ class Progress:
         }
 
     @classmethod
-    def of(cls, config: Config, images: int) -> "Progress":
-        """The start of a run over so many training images."""
+    def of(cls, config: Config, images: int, bucket: int = 0) -> "Progress":
+        """The start of a run over so many training images, in batches of this bucket."""
         counted = (images, config.batch_size, config.accumulate_steps, config.seed)
+        counted += (bucket, config.image_size if bucket else 0)
         return cls(epoch=config.start_epoch, images=counted)
 
     def resumed(self, checkpoint: dict[str, Any]) -> "Progress":
@@ -99,10 +100,13 @@ class Progress:
         progress = replace(progress, best_epoch=stored.get("best_epoch", checkpoint["epoch"]))
         if not stored.get("batch"):
             return progress
-        if tuple(stored["images"]) != self.images:
+        # the first checkpoints of this package know official padding alone
+        images = (*stored["images"], 0, 0)[: len(self.images)]
+        if images != self.images:
             say(
                 f"epoch {progress.epoch} begins anew: its (training images, batch size, batches "
-                f"per update, seed) were {tuple(stored['images'])}, now {self.images}"
+                "per update, seed, bucket, image size; the last two 0 with --padding official) "
+                f"were {images}, now {self.images}"
             )
             return progress
         say(f"continuing epoch {progress.epoch} after {stored['batch']} batches")

@@ -10,15 +10,12 @@ from datetime import timedelta
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
 from detr_fast.config import Config, UsageError
-from detr_fast.criterion import SetCriterion, weighted_losses
-from detr_fast.data.batch import ImageBatch
-from detr_fast.engine.batch import image_ids, packed_targets
+from detr_fast.engine.backend import Execution, chosen_ops
+from detr_fast.engine.batch import DeviceBatches
 from detr_fast.engine.build import (
+    begin_epoch,
+    bucket_of,
     build_criterion,
     build_device,
     build_loader,
@@ -30,10 +27,11 @@ from detr_fast.engine.diagnose import why_no_ap
 from detr_fast.engine.evaluate import evaluate, per_class_lines
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
 from detr_fast.engine.metrics import DivergenceWatch, StepMetrics, lateness_on
-from detr_fast.engine.optim import Learner, freeze, training_mode
+from detr_fast.engine.optim import freeze, training_mode
 from detr_fast.engine.output import OutputFolder
+from detr_fast.engine.reference import ReferenceStep
 from detr_fast.engine.resume import Progress
-from detr_fast.matcher.packing import Targets
+from detr_fast.engine.step import TrainingStep, reports
 from detr_fast.models.checkpoint import CheckpointError
 
 
@@ -62,46 +60,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-def train_step(
-    learner: Learner,
-    criterion: SetCriterion,
-    images: ImageBatch,
-    targets: Targets,
-    device: torch.device,
-    batch: int,
-    batches: int,
-) -> dict[str, Tensor]:
-    """Forward, match, loss, backward and, where one is due, an update.
-
-    Nothing in here waits for the device: the host submits the work of a step and goes on.
-
-    Args:
-        learner (Learner): holds model and optimizer.
-        criterion (SetCriterion): the losses.
-        images (ImageBatch): on the host, page-locked for CUDA.
-        targets (Targets): those of `packed_targets`.
-        device (torch.device): where the model is.
-        batch (int): number of the batch in its epoch.
-        batches (int): batches of the epoch.
-
-    Returns:
-        dict[str, Tensor]: numbers for the log, 0-dim on the device; see `StepMetrics.add`.
-    """
-    outputs = learner.model(images.to(device, non_blocking=True))
-    losses = criterion(outputs, targets.to(device, non_blocking=True))
-    total, terms = weighted_losses(losses, criterion.weight_dict)
-    learner.learn(total, batch, batches)
-    values = {"class_error": losses["class_error"], "loss": total.detach(), **terms}
-    if learner.updated:
-        values |= {"skipped": learner.skipped, "gradient_norm": learner.norm}
-    return values
-
-
 def train_one_epoch(
-    learner: Learner,
-    criterion: SetCriterion,
-    loader: DataLoader,
-    device: torch.device,
+    step: TrainingStep | ReferenceStep,
+    batches: DeviceBatches,
     epoch: int,
     *,
     print_freq: int,
@@ -113,10 +74,8 @@ def train_one_epoch(
     """Train on every batch of the loader once.
 
     Args:
-        learner (Learner): holds model and optimizer.
-        criterion (SetCriterion): the losses.
-        loader (DataLoader): yields the batches from number ``first`` on; its length counts all.
-        device (torch.device): where the model is.
+        step (TrainingStep | ReferenceStep): makes the updates.
+        batches (DeviceBatches): from number ``first`` on; its length counts all.
         epoch (int): its number, for the log.
         print_freq (int): batches between two lines of the log.
         stop (StopRequest): ends the epoch after the update in hand.
@@ -128,27 +87,26 @@ def train_one_epoch(
         int: batches done; fewer than the loader's length if the epoch was stopped.
 
     Raises:
-        TrainingDivergedError: if the losses of many updates in a row are not finite; the weights
-            are those of the update before.
+        TrainingDivergedError: if the losses of many updates in a row are not finite (in the
+            reference step: of one); the weights are those of the update before.
     """
+    learner = step.learner
     training_mode(learner.model)
-    criterion.train()
+    step.criterion.train()
     metrics = metrics or StepMetrics(MetricLogger(), epoch=epoch)
-    log, batches = metrics.log, len(loader)
-    lines = log.log_every(loader, print_freq, f"Epoch: [{epoch}]", first, metrics.turn)
-    for batch, (images, targets) in enumerate(lines, first):
-        packed = packed_targets(targets, criterion, device)
-        values = train_step(learner, criterion, images, packed, device, batch, batches)
-        metrics.add(batch, image_ids(targets), values)
+    log, length = metrics.log, len(batches)
+    lines = log.log_every(batches, print_freq, f"Epoch: [{epoch}]", first, metrics.turn)
+    for number, batch in enumerate(lines, first):
+        metrics.add(number, batch.image_ids, step(batch, number, length))
         log.update(lr=learner.rate)
         if learner.updated:
-            after_update(batch + 1)
+            after_update(number + 1)
             if stop.signal:
                 metrics.finish()
-                return batch + 1
+                return number + 1
     metrics.finish()
     log.say(f"Averaged stats: {log}" + (f"  skipped: {n}" if (n := metrics.skipped) else ""))
-    return batches
+    return length
 
 
 def epoch_log(meters: dict[str, Any]) -> MetricLogger:
@@ -176,16 +134,26 @@ class Run:
     def __init__(self, config: Config, checkpoint: dict[str, Any] | None) -> None:
         self.config = config
         self.device = build_device(config)
+        execution = Execution.of(config, self.device)
         self.train_set, self.val_set = build_datasets(config, ("train", "val"))
         self.model = build_model(config, self.train_set.num_classes)
         goes_on = load_starting_weights(self.model, config, checkpoint, self.train_set.class_names)
         self.model.to(self.device)
         freeze(self.model, config.freeze)
         self.criterion = build_criterion(config, self.train_set.num_classes).to(self.device)
-        self.learner = Learner(self.model, config)
-        self.train_loader = build_loader(self.train_set, config, self.device, shuffle=True)
-        self.val_loader = build_loader(self.val_set, config, self.device, shuffle=False)
-        self.progress = Progress.of(config, len(self.train_set))
+        self.step = execution.training_step(self.model, self.criterion)
+        self.learner = self.step.learner
+        self.infer = execution.inference(self.learner.evaluated, self.step)
+        self.train_batches, self.val_batches = (
+            DeviceBatches(
+                build_loader(dataset, config, self.device, shuffle=shuffle),
+                self.criterion,
+                self.device,
+            )
+            for dataset, shuffle in ((self.train_set, True), (self.val_set, False))
+        )
+        bucket = bucket_of(config, self.train_set)
+        self.progress = Progress.of(config, len(self.train_set), bucket)
         if goes_on:
             try:
                 self.learner.load_state_dict(checkpoint)
@@ -241,12 +209,10 @@ class Run:
             if steps and batches - self.progress.batch >= steps:
                 save(batches)
 
-        self.train_loader.batch_sampler.begin(epoch, first)
+        begin_epoch(self.train_batches.loader, epoch, first)
         done = train_one_epoch(
-            self.learner,
-            self.criterion,
-            self.train_loader,
-            self.device,
+            self.step,
+            self.train_batches,
             epoch,
             print_freq=self.config.print_freq,
             stop=self.stop,
@@ -268,14 +234,16 @@ class Run:
         evaluation = evaluate(
             self.learner.evaluated,
             self.criterion,
-            self.val_loader,
-            self.device,
+            self.val_batches,
+            infer=self.infer,
             evaluator=config.evaluator,
             print_freq=config.print_freq,
             stopped=lambda: bool(self.stop.signal),
         )
         if evaluation is None:  # the last checkpoint stands before it
             return
+        for line in reports(self.step, self.infer):
+            say(line)
         record = {
             **{f"train_{name}": value for name, value in log.averages().items()},
             **{f"test_{name}": value for name, value in evaluation.metrics.items()},
@@ -354,4 +322,5 @@ def fit(config: Config, checkpoint: dict[str, Any] | None) -> int:
     run = Run(config, checkpoint)
     if checkpoint is not None:
         checkpoint.clear()  # the run has what it needs; the caller need not hold a copy meanwhile
-    return run()
+    with chosen_ops(config):
+        return run()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention modules with the parameters of ``nn.MultiheadAttention``: fused, and as the original.
 
-A module for self-attention and one for cross-attention, each of them in both ways.
+A module for self-attention, one for cross-attention and dropout, each of them in both ways.
 """
 
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from detr_fast import ops
 from detr_fast.models.inference_cache import InferenceCache
 from detr_fast.models.padding import Padding
+from detr_fast.ops.dropout import dropout
 from detr_fast.ops.layers import unbind_layers
 
 Memory = tuple[Tensor, ...]  # what a cross-attention looks at, as its own class prepared it
@@ -27,16 +28,16 @@ class _Fused(nn.MultiheadAttention):
     ) -> Tensor:
         """Attend from heads to heads (Tensor[B, L, H, D]) and project what comes out."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        dropout = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0
         rows = {}
         if padding is not None:
             rows = {"key_rect": padding.rect, "padded_width": padding.width}
             if of_itself:
                 rows["query_rect"] = padding.rect
-            path = ops.backend("attention", q, k, v, dropout_p=dropout)[0]
+            path = ops.backend("attention", q, k, v, dropout_p=dropout_p)[0]
             if padding.rect is None or path != "fused":  # others would make this mask of the rect
                 rows = {"mask": ~padding.cells[:, None, None, :]}
-        out = ops.attention(q, k, v, dropout_p=dropout, **rows)
+        out = ops.attention(q, k, v, dropout_p=dropout_p, **rows)
         return self.out_proj(out.transpose(1, 2).flatten(-2))
 
 
@@ -160,12 +161,21 @@ class ReferenceCrossAttention(nn.MultiheadAttention):
         return super().forward(query, key, value, key_padding_mask=mask)[0].transpose(0, 1)
 
 
+class Dropout(nn.Dropout):
+    """:func:`detr_fast.ops.dropout.dropout` while it trains."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x (Tensor[...])``."""
+        return dropout(x, self.p) if self.training else x
+
+
 class Attentions(NamedTuple):
-    """The attention modules of a transformer."""
+    """The modules of a transformer that are the original's, or faster."""
 
     of_itself: type[SelfAttention] | type[ReferenceSelfAttention]
     of_memory: type[CrossAttention] | type[ReferenceCrossAttention]
+    dropout: type[nn.Dropout]
 
 
-FUSED = Attentions(SelfAttention, CrossAttention)
-REFERENCE = Attentions(ReferenceSelfAttention, ReferenceCrossAttention)
+FUSED = Attentions(SelfAttention, CrossAttention, Dropout)
+REFERENCE = Attentions(ReferenceSelfAttention, ReferenceCrossAttention, nn.Dropout)

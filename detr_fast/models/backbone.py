@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detr_fast.models.checkpoint import CheckpointError, load_weights, read_checkpoint, weights_of
+from detr_fast.models.inference_cache import InferenceCache
+from detr_fast.ops.attention import computed_in
 
 DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 FROZEN = ("conv1.", "layer1.")  # ImageNet's stem and first stage, which DETR never trains
@@ -32,6 +34,7 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self.kept = InferenceCache()
 
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """Return the factor and the summand of every channel, two Tensor[C], at least float32."""
@@ -43,6 +46,20 @@ class FrozenBatchNorm2d(nn.Module):
         """Normalise ``x (Tensor[B, C, H, W])``."""
         scale, shift = (v.to(self.weight.dtype)[:, None, None] for v in self.scale_shift())
         return x * scale + shift
+
+    def folded_into(self, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
+        """Return kernel and summand of the convolution that also normalises.
+
+        The product is float32's, and then rounded to the dtype of autocast. In inference both are
+        kept from one image to the next.
+        """
+        weight, dtype = conv.weight, computed_in(conv.weight)
+
+        def fold() -> tuple[Tensor, Tensor]:
+            scale, shift = self.scale_shift()
+            return (weight * scale[:, None, None, None]).to(dtype), shift.to(dtype)
+
+        return self.kept(fold, weight.device, weight, *self.buffers())
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         state_dict.pop(prefix + "num_batches_tracked", None)  # files saved from nn.BatchNorm2d
@@ -58,9 +75,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: FrozenBatchNorm2d, folded: bool)
     """
     if not folded:
         return norm(conv(x))
-    scale, shift = norm.scale_shift()
-    weight = (conv.weight * scale[:, None, None, None]).to(conv.weight.dtype)
-    shift = shift.to(conv.weight.dtype)
+    weight, shift = norm.folded_into(conv)
     return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -145,7 +160,8 @@ class Backbone(nn.Module):
     Args:
         name (str): ``resnet50`` or ``resnet101``.
         dilation (bool): features at stride 16, not 32 (DC5).
-        folded (bool): fold frozen batch norm into the kernels.
+        folded (bool): fold frozen batch norm into the kernels, and compute in channels_last: of a
+            pixel all channels beside each other, as kernels of convolutions take them.
     """
 
     num_channels = 2048
@@ -153,13 +169,15 @@ class Backbone(nn.Module):
     def __init__(self, name: str, dilation: bool = False, folded: bool = True) -> None:
         super().__init__()
         self.body = ResNet(DEPTHS[name], dilation, folded)
+        self.layout = torch.channels_last if folded else torch.contiguous_format
+        self.body.to(memory_format=self.layout)
         for key, parameter in self.body.named_parameters():
             if key.startswith(FROZEN):
                 parameter.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map ``images (Tensor[B, 3, H, W])`` to features Tensor[B, 2048, H / 32, W / 32]."""
-        return self.body(images)
+        return self.body(images.contiguous(memory_format=self.layout))
 
 
 def load_backbone_weights(model: nn.Module, source: str | os.PathLike[str]) -> None:

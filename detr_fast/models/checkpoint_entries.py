@@ -122,5 +122,6 @@ _ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "the state of StepLR",
         lambda v: isinstance(v, dict) and _whole(0)(v.get("last_epoch")),
     ),
+    "scaler": ("the state of a GradScaler", _dict_of(str, _number)),
     "learning": ("lists of names", lambda v: isinstance(v, list)),
 }

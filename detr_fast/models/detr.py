@@ -69,8 +69,8 @@ class DETR(nn.Module):
 
     Args:
         config (ModelConfig): the architecture.
-        folded (bool): fold frozen batch norm into the kernels and attend by fused kernels; False
-            restates the original step.
+        folded (bool): fold frozen batch norm into the kernels, attend by fused kernels and have
+            images and features in channels_last; False restates the original step.
     """
 
     def __init__(self, config: ModelConfig, folded: bool = True) -> None:
@@ -145,7 +145,7 @@ class DETR(nn.Module):
 
 def _build_backbone(config: ModelConfig, folded: bool) -> nn.Module:
     if config.backbone == "tiny":
-        return ConvBackbone()
+        return ConvBackbone(channels_last=folded)
     return Backbone(config.backbone, config.dilation, folded)
 
 
@@ -213,7 +213,7 @@ def build_detr(config: ModelConfig, *, folded: bool = True, train_backbone: bool
 
     Args:
         config (ModelConfig): the architecture.
-        folded (bool): False runs frozen batch norm after its convolution and
+        folded (bool): False runs frozen batch norm after its convolution, in NCHW, and
             ``nn.MultiheadAttention`` with default arguments, as the original does (its parameters
             are the same).
         train_backbone (bool): False freezes the whole backbone (``--lr_backbone 0``).

@@ -15,9 +15,9 @@ from detr_fast.models.padding import Padding
 class _Layer(nn.Module):
     """A stack of blocks, each with dropout, a residual connection and a norm before or after it."""
 
-    def __init__(self, dropout: float, pre_norm: bool) -> None:
+    def __init__(self, dropout: nn.Dropout, pre_norm: bool) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.pre_norm = pre_norm
 
     def block(self, x: Tensor, norm: nn.LayerNorm, compute: Callable[[Tensor], Tensor]) -> Tensor:
@@ -33,7 +33,7 @@ class EncoderLayer(_Layer):
     """Self-attention and feed-forward.
 
     Args:
-        attention (Attentions): which modules attend.
+        attention (Attentions): which modules attend and drop.
         width (int): channels.
         heads (int): attention heads.
         dim_feedforward (int): hidden channels of the feed-forward block.
@@ -50,7 +50,7 @@ class EncoderLayer(_Layer):
         dropout: float,
         pre_norm: bool,
     ) -> None:
-        super().__init__(dropout, pre_norm)
+        super().__init__(attention.dropout(dropout), pre_norm)
         self.self_attn = attention.of_itself(width, heads, dropout=dropout)
         self.linear1 = nn.Linear(width, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, width)
@@ -78,7 +78,7 @@ class DecoderLayer(_Layer):
         dropout: float,
         pre_norm: bool,
     ) -> None:
-        super().__init__(dropout, pre_norm)
+        super().__init__(attention.dropout(dropout), pre_norm)
         self.self_attn = attention.of_itself(width, heads, dropout=dropout)
         self.multihead_attn = attention.of_memory(width, heads, dropout=dropout)
         self.linear1 = nn.Linear(width, dim_feedforward)

@@ -14,6 +14,7 @@ from detr_fast.ops.boxes import (
     matched_box_losses,
 )
 from detr_fast.ops.criterion import ClassLoss, set_loss
+from detr_fast.ops.image import normalize_images
 from detr_fast.ops.matcher import (
     ClassCost,
     CostWeights,
@@ -42,6 +43,7 @@ __all__ = [
     "hungarian_match",
     "linear_sum_assignment",
     "matched_box_losses",
+    "normalize_images",
     "set_loss",
     "use_reference",
 ]

@@ -95,13 +95,15 @@ def backend(op: str | None = None, *inputs: Any, **options: Any) -> dict[str, st
     """Tell what runs the ops on each type of device, or one op on given inputs, and why.
 
     Args:
-        op (str | None): name of an op that has several paths: ``"attention"``.
+        op (str | None): name of an op that has several paths: ``"attention"``,
+            ``"normalize_images"``.
         inputs, options: what it would be called with; no number in a tensor is looked at.
 
     Returns:
         dict[str, str] | tuple[str, str]: without an op, for ``"cpu"`` and ``"cuda"``,
         ``"compiled"`` or ``"reference"`` with how the package was built, or ``"none"`` with the
-        reason.  With one, its path (``"fused"``, ``"sdpa"`` or ``"reference"``) and the reason.
+        reason.  With one, its path (``"fused"``, ``"sdpa"``, ``"by_heads"`` or ``"reference"``)
+        and the reason.
 
     Raises:
         ValueError: if the op is unknown.

@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from detr_fast import reference
 from detr_fast.ops._library import Path, chooses_path, why_no_kernel, with_reference
+from detr_fast.ops.attention_by_heads import attention_by_heads
+from detr_fast.ops.dropout import draws_bytes
 from detr_fast.reference.attention import KEEP_LEVELS, Rows, kept_levels
 
 __all__ = ["attention", "attention_weights"]
@@ -84,7 +86,7 @@ def _check_padding(
 
 
 def _check_alike(tensor: Tensor, name: str, q: Tensor) -> None:
-    if tensor.dtype != q.dtype and _computed_in(tensor) != _computed_in(q):
+    if tensor.dtype != q.dtype and computed_in(tensor) != computed_in(q):
         raise RuntimeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
     _check_device(tensor, name, q)
 
@@ -126,8 +128,8 @@ def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     _check_device(mask, "mask", q)
 
 
-def _computed_in(tensor: Tensor) -> torch.dtype:
-    """The dtype that a tensor has in SDPA: that of autocast, where it is on, unless float64."""
+def computed_in(tensor: Tensor) -> torch.dtype:
+    """The dtype that a tensor has in a product: that of autocast, where it is on; float64 stays."""
     device = tensor.device.type
     if tensor.dtype == torch.float64 or not tensor.is_floating_point():
         return tensor.dtype
@@ -175,9 +177,10 @@ def attention(
     Padded keys are skipped and padded queries give 0: neither is read, whatever it holds.
     Differentiable once.  Where :func:`detr_fast.ops.backend` says ``"fused"``, an image's results
     and gradients are the same bits in any batch and with any padding; else they are those of
-    ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``).  Two exceptions: dropout goes
-    by an image's place in the batch, and up to 128 queries have other bits with a ``query_rect``
-    than without: give that of the whole grid to compare.
+    ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``), and with dropout on a CPU
+    those of products of torch, a few heads at a time (``"by_heads"``).  Two exceptions: dropout
+    goes by an image's place in the batch, and up to 128 queries have other bits with a
+    ``query_rect`` than without: give that of the whole grid to compare.
 
     Under autocast all but float64 is computed in the dtype of autocast.
 
@@ -212,12 +215,16 @@ def attention(
         ...     q, k, v, query_rect=rect, key_rect=rect, padded_width=4
         ... )
     """
-    dtype = _computed_in(q)  # as are k and v: that has been checked
+    dtype = computed_in(q)  # as are k and v: that has been checked
     q, k, v = (x.to(dtype) for x in (q, k, v))
     kept = kept_levels(dropout_p)
     if _why_not_fused(dtype, q, v, mask, kept):
-        keys = Rows(key_rect, key_count, padded_width)
-        return _sdpa(q, k, v, query_rect, keys, mask, 1 - kept / KEEP_LEVELS)
+        rows = query_rect, Rows(key_rect, key_count, padded_width), mask
+        if not _is_widened(dtype, q, k, v):
+            return _by_torch(q, k, v, *rows, kept)
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (x.float() for x in (q, k, v))
+            return _by_torch(q, k, v, *rows, kept).to(dtype)
     seed = None
     if kept < KEEP_LEVELS:
         seed = torch.randint(2**63 - 1, (), dtype=torch.int64, device=q.device)
@@ -238,8 +245,15 @@ def _path(
     dropout_p: float = 0.0,
     **_: Any,
 ) -> Path:
-    why_not = _why_not_fused(_computed_in(q), q, v, mask, kept_levels(dropout_p))
-    return ("sdpa", why_not) if why_not else ("fused", f"{q.device.type} has a kernel for this")
+    dtype = computed_in(q)
+    why_not = _why_not_fused(dtype, q, v, mask, kept_levels(dropout_p))
+    if not why_not:
+        return "fused", f"{q.device.type} has a kernel for this"
+    widened = _is_widened(dtype, q, k, v)
+    why_not += "; in float32, which has the faster gradient" * widened
+    if _is_by_heads(torch.float32 if widened else dtype, q.device, mask, kept_levels(dropout_p)):
+        return "by_heads", why_not + "; SDPA keeps all scores where it drops some"
+    return "sdpa", why_not
 
 
 def _why_not_fused(dtype: torch.dtype, q: Tensor, v: Tensor, mask: Tensor | None, kept: int) -> str:
@@ -256,15 +270,34 @@ def _why_not_fused(dtype: torch.dtype, q: Tensor, v: Tensor, mask: Tensor | None
     return why_not
 
 
-def _sdpa(
+def _is_widened(dtype: torch.dtype, *inputs: Tensor) -> bool:
+    """Whether SDPA computes in float32 what has half of its bits.
+
+    Of DETR's shapes the gradient of torch's CPU kernel takes up to 7 times as long in bfloat16 (32
+    images of 16 queries and 64 keys) as in float32, of 400 queries and keys 1.4 times; forward the
+    two are alike.
+    """
+    if dtype not in _FUSED_DTYPES or inputs[0].device.type != "cpu":
+        return False
+    return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _is_by_heads(dtype: torch.dtype, device: torch.device, mask: Tensor | None, kept: int) -> bool:
+    """Whether :func:`attention_by_heads` computes what the fused kernels do not."""
+    fits = dtype in (torch.float32, torch.float64) and 0 < kept < KEEP_LEVELS
+    return fits and draws_bytes(device) and not (mask is not None and mask.requires_grad)
+
+
+def _by_torch(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     query_rect: Tensor | None,
     keys: Rows,
     mask: Tensor | None,
-    dropout_p: float,
+    kept: int,
 ) -> Tensor:
+    by_heads = _is_by_heads(q.dtype, q.device, mask, kept)
     real_queries = Rows(query_rect, None, keys.padded_width).mask(q.shape[2])
     real_keys = keys.mask(k.shape[2])
     if mask is not None and mask.dtype != torch.bool:
@@ -273,11 +306,14 @@ def _sdpa(
     if real_keys is not None:
         k, v = (x.masked_fill(~real_keys[:, None, :, None], 0) for x in (k, v))
         mask = _with_keys(mask, real_keys)
-    if real_queries is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
-    padded = ~real_queries[:, None, :, None]
-    out = F.scaled_dot_product_attention(q.masked_fill(padded, 0), k, v, mask, dropout_p)
-    return out.masked_fill(padded, 0)
+    padded = None if real_queries is None else ~real_queries[:, None, :, None]
+    if padded is not None:
+        q = q.masked_fill(padded, 0)
+    if by_heads:
+        out = attention_by_heads(q, k, v, mask, kept)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, 1 - kept / KEEP_LEVELS)
+    return out if padded is None else out.masked_fill(padded, 0)
 
 
 def _with_keys(mask: Tensor | None, real_keys: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from detr_fast.reference.boxes import (
     matched_box_losses,
 )
 from detr_fast.reference.criterion import set_loss
+from detr_fast.reference.image import normalize_images
 from detr_fast.reference.matcher import hungarian_match, linear_sum_assignment
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "hungarian_match",
     "linear_sum_assignment",
     "matched_box_losses",
+    "normalize_images",
     "set_loss",
 ]

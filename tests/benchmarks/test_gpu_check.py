@@ -231,7 +231,7 @@ def test_sanitizer_runs_every_tool_on_the_benchmarks(setting, tmp_path):
     assert found["status"] == "passed"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert [call.split()[1] for call in calls] == list(gpu_parts.SANITIZER_TOOLS)
-    ours = " assignment attention boxes criterion matcher --device cuda --quick --equality"
+    ours = " assignment attention boxes criterion image matcher --device cuda --quick --equality"
     assert all(ours in call for call in calls)
     assert ["kns=detr_fast" in call for call in calls] == [True, True, False, True]
 

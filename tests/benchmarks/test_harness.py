@@ -12,6 +12,7 @@ import torch
 from benchmarks import harness
 from benchmarks.harness import Case, Contender, Missing, Setup, compare, optional, within
 from benchmarks.limits import Limits
+from benchmarks.memory import training_bytes
 from benchmarks.report import records_table
 from benchmarks.timing import Time
 
@@ -102,6 +103,84 @@ def test_ratio_under_the_floor_fails_a_run_that_is_not_quick(monkeypatch):
         compare(case(floors={"peer": 3.1}), setup(**contenders), CPU)
 
 
+def test_floor_between_two_peers(monkeypatch):
+    """bfloat16 is one contender among others, and has a floor of its own."""
+    times = {"ours": Time(10.0, 0.1), "bf16": Time(5.0, 0.1), "peer": Time(12.0, None)}
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: times)
+    contenders = {name: Contender(lambda: ONE) for name in times}
+    contenders["absent"] = optional("no_such_module")
+    floors = {("peer", "bf16"): 2.4, ("absent", "bf16"): 9.0, ("peer", "absent"): 9.0}
+    compare(case(floors=floors), setup(**contenders), CPU)
+    with pytest.raises(AssertionError, match=r"2\.4x of peer over bf16, the floor is 2\.5x"):
+        compare(case(floors={("peer", "bf16"): 2.5}), setup(**contenders), CPU)
+
+
+def test_a_contender_may_have_a_tolerance_of_its_own():
+    coarse = Contender(wrong, check=within(atol=0.02))
+    compare(case(), setup(ours=Contender(lambda: ONE), coarse=coarse), CPU, timed=False)
+    coarse = Contender(wrong, check=within(atol=0.001))
+    with pytest.raises(AssertionError, match="coarse"):
+        compare(case(), setup(ours=Contender(lambda: ONE), coarse=coarse), CPU, timed=False)
+
+
+def test_images_a_second_stand_in_record_and_table(monkeypatch):
+    times = {"ours": Time(2000.0, 0.1), "peer": Time(4000.0, 0.1)}
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: times)
+    contenders = {name: Contender(lambda: ONE) for name in times}
+    record = compare(case(images=16), setup(**contenders), CPU)
+    assert (record["img_s"], record["peers"]["peer"]["img_s"]) == (8000, 4000)
+    assert "peak_mib" not in record  # a CPU tells nothing of one contender
+    page = records_table([record])
+    assert "| img/s |" in page
+    assert "| 8000 |" in page
+    assert "peer 2x (4000 us, 4000 img/s)" in page
+    assert "img/s" not in records_table([compare(case(), setup(**contenders), CPU)])
+
+
+def test_peak_of_a_contender_leaves_out_what_others_hold(monkeypatch):
+    """100 MiB stand there, 30 of them its own; a call goes up to 140."""
+    mib = 2**20
+    calls = []
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 100 * mib)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 140 * mib * len(calls))
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: dict.fromkeys(runs, Time(10.0, 0.1)))
+    monkeypatch.setattr(harness, "time_on_gpu", lambda *_: pytest.fail("not in a graph"))
+    monkeypatch.setattr(harness, "agreeing", lambda case, setup, slow: setup.contenders)
+    ours = Contender(lambda: calls.append(1), held=lambda: 30 * mib)
+    contenders = {"ours": ours, "peer": Contender(lambda: ONE)}
+    record = compare(case(in_graph=False), setup(**contenders), torch.device("cuda"))
+    assert record["peak_mib"] == 70
+    assert "peak_mib" not in record["peers"]["peer"]
+    assert "MiB at peak" in records_table([record])
+
+
+def test_what_a_training_holds():
+    model = torch.nn.Linear(4, 2, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert training_bytes(model, optimizer) == 32
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert training_bytes(model, optimizer) == 4 * 32 + 4  # gradient, two moments, their count
+
+
+def test_a_slow_case_is_small_where_nothing_is_timed(monkeypatch):
+    built = []
+
+    def build(size):
+        built.append(size)
+        return setup(ours=Contender(lambda: ONE))
+
+    slow = Case("slow", lambda: build("large"), small=lambda: build("small"))
+    bench = types.SimpleNamespace(cases=lambda device, quick: [slow])
+    monkeypatch.setattr(harness.importlib, "import_module", lambda name: bench)
+    monkeypatch.setattr(harness, "time_all", lambda runs, *_: dict.fromkeys(runs, Time(1.0, 0.1)))
+    for timed in (False, True):
+        list(harness.run_benchmark("any", CPU, timed=timed))
+    assert built == ["small", "large"]
+
+
 def test_record_of_a_gpu_tells_kernels_from_launches(monkeypatch):
     """A GPU is not needed to see what becomes of its times."""
 
@@ -163,8 +242,7 @@ def test_command_line_refuses_an_unknown_benchmark(capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*kernel not used", "ignore:Both fused kernels")
-def test_command_line_writes_records(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(harness, "one_thread", lambda device: None)
+def test_command_line_writes_records(tmp_path, capsys):
     file = tmp_path / "records.json"
     assert harness.main(["attention", "--quick", "--equality", "--json", str(file)]) == 0
     records = json.loads(file.read_text())
@@ -196,3 +274,14 @@ def test_scores_are_compared_with_the_clocks_of_a_gpu(monkeypatch):
     record = compare(case, setup, CPU, quick=True)
     assert record["bound_share"] == pytest.approx(record["scores_s"] / 2e9, rel=1e-2)
     assert f"{record['bound_share']:.1%} of the bound" in records_table([record])
+
+
+def test_a_case_computes_with_its_threads():
+    seen = []
+    threads = torch.get_num_threads()
+    setup = Setup(lambda: 0, {"ours": Contender(lambda: seen.append(torch.get_num_threads()) or 0)})
+    for case in (Case("one", lambda: setup), Case("all", lambda: setup, all_threads=True)):
+        with harness.threads_of(case, torch.device("cpu")):
+            compare(case, setup, torch.device("cpu"), timed=False)
+    assert seen == [1, threads]
+    assert torch.get_num_threads() == threads

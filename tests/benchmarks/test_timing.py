@@ -1,41 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times are those of one call, medians, and taken turn by turn."""
 
-import time
-
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.limits import measured_limits
-from benchmarks.timing import LEAST_ROUNDS, summary, time_all
+from benchmarks.timing import LEAST_ROUNDS, ONCE, summary, time_all
 
 CPU = torch.device("cpu")
 
 
-def compute(seconds):
-    """Keep the processor busy."""
-    end = time.process_time() + seconds
-    while time.process_time() < end:
-        pass
+class Clock:
+    """In place of the module `time`: what a call takes is said, so that no machine disturbs it."""
+
+    def __init__(self):
+        self.processor = self.wall = 0.0
+
+    def process_time(self):
+        return self.processor
+
+    def perf_counter(self):
+        return self.wall
+
+    def compute(self, seconds):
+        self.processor += seconds
+        self.wall += seconds
+
+    def sleep(self, seconds):
+        self.wall += seconds
 
 
-def test_time_is_that_of_one_call():
-    times = time_all({"2 ms": lambda: compute(2e-3), "0.2 ms": lambda: compute(2e-4)}, CPU, 0)
-    assert 2000 <= times["2 ms"].us < 2500
-    assert 200 <= times["0.2 ms"].us < 300
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(timing, "time", clock := Clock())
+    return clock
 
 
-def test_waiting_for_other_processes_does_not_count():
-    times = time_all({"waits": lambda: time.sleep(2e-3) or compute(2e-3)}, CPU, 0)
-    assert 2000 <= times["waits"].us < 3000
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_callables_take_turns():
+def test_clock_runs():
+    """The real one, of which no test here can say how fast it runs."""
+    assert time_all({"a": lambda: sum(range(1000))}, CPU, 0)["a"].us > 0
+
+
+def test_time_is_that_of_one_call(clock):
+    times = time_all({"2": lambda: clock.compute(2e-3), "0.2": lambda: clock.compute(2e-4)}, CPU, 0)
+    assert times["2"].us == pytest.approx(2000)
+    assert times["0.2"].us == pytest.approx(200)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_waiting_for_other_processes_does_not_count(clock):
+    times = time_all({"waits": lambda: clock.sleep(2e-3) or clock.compute(2e-3)}, CPU, 0)
+    assert times["waits"].us == pytest.approx(2000)
+
+
+def test_of_several_threads_waiting_counts(clock, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    times = time_all({"waits": lambda: clock.sleep(2e-3) or clock.compute(2e-3)}, CPU, 0)
+    assert times["waits"].us == pytest.approx(4000)
+
+
+def test_callables_take_turns(clock):
     calls = []
 
     def call(name):
         calls.append(name)
-        time.sleep(6e-3)  # longer than a round must last: one call to warm up and one that counts
+        clock.compute(
+            6e-3
+        )  # longer than a round must last: one call to warm up, one that counts
 
     time_all({"a": lambda: call("a"), "b": lambda: call("b")}, CPU, seconds=0)
     assert calls[-4 * LEAST_ROUNDS :] == ["a", "a", "b", "b"] * LEAST_ROUNDS
@@ -45,6 +85,17 @@ def test_summary_ignores_one_outlier():
     times = summary([1e-6, 2e-6, 3e-6, 4e-6, 1.0])
     assert times.us == pytest.approx(3)
     assert times.spread == pytest.approx(2 / 3)
+
+
+def test_a_call_beyond_patience_is_made_once(clock):
+    calls = []
+    slow = 1.2 * ONCE
+    runs = {"slow": lambda: calls.append(clock.compute(slow)), "fast": lambda: clock.compute(1e-3)}
+    times = time_all(runs, CPU, seconds=0)
+    assert len(calls) == 1
+    assert times["slow"].us == pytest.approx(slow * 1e6)
+    assert times["slow"].spread is None
+    assert times["fast"].spread is not None
 
 
 def test_limits_are_plausible_and_measured_once():

@@ -5,7 +5,6 @@ import copy
 import json
 
 import numpy as np
-import torch
 from PIL import Image
 
 from detr_fast.data.coco import CocoDetection
@@ -60,7 +59,7 @@ CONTENT = {
 
 
 def as_read(image, target):
-    return torch.from_numpy(np.array(image)), target
+    return image.permute(1, 2, 0), target
 
 
 def edited(edit):

@@ -38,6 +38,49 @@ def test_pad_images_keeps_the_dtype():
     assert pad_images([torch.ones(3, 2, 2, dtype=torch.uint8)]).tensors.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("multiple", [1, 4, 64])
+def test_sizes_are_rounded_up_and_stated(multiple):
+    images = [torch.full((3, 2, 5), 7, dtype=torch.uint8), torch.full((3, 4, 3), 9).byte()]
+    batch = pad_images(images, multiple)
+    height, width = (-(-side // multiple) * multiple for side in (4, 5))
+    assert batch.tensors.shape == (2, 3, height, width)
+    assert batch.tensors.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[2, 5], [4, 3]]
+    plain = pad_images(images).tensors
+    assert torch.equal(batch.tensors[:, :, :4, :5], plain)
+    assert int(batch.tensors.sum()) == int(plain.sum())
+    # also where no image has any padding
+    assert pad_images([torch.ones(3, 4, 4)], 4).sizes.tolist() == [[4, 4]]
+
+
+def test_channels_that_lie_together_stay_so():
+    """As decoders give them: no transposition on the way to the device."""
+    images = [torch.randint(0, 256, (h, w, 3), dtype=torch.uint8) for h, w in ((4, 6), (5, 3))]
+    together = pad_images([image.permute(2, 0, 1) for image in images], 8)
+    assert together.tensors.is_contiguous(memory_format=torch.channels_last)
+    planes = pad_images([image.permute(2, 0, 1).contiguous() for image in images], 8)
+    assert planes.tensors.is_contiguous()
+    assert torch.equal(together.tensors, planes.tensors)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_worker_writes_into_the_memory_that_is_sent(layout):
+    images = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    samples = [(image[:, : 5 - i], {}) for i, image in enumerate(images.to(memory_format=layout))]
+    shared = []
+
+    def watched(batch):
+        result = collate(batch, 4)
+        shared.append(result[0].tensors.is_shared())
+        return *result, torch.tensor(shared[-1])
+
+    loader = DataLoader(samples, batch_size=4, collate_fn=watched, num_workers=1)
+    ((batch, _, in_place),) = loader
+    assert bool(in_place)
+    assert torch.equal(batch.tensors, collate(samples, 4)[0].tensors)
+    assert not collate(samples, 4)[0].tensors.is_shared()
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

@@ -9,6 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from detr_fast.data.coco import CocoAnnotations, CocoDetection, DatasetError
+from detr_fast.data.sampler import Draw
+from detr_fast.data.transforms import train_transforms
 from tests.data.coco_folder import as_read, edited, write_folder
 
 
@@ -63,6 +65,29 @@ def test_unusable_image_is_replaced_by_the_next_one(folder, capsys, how):
     assert dataset.fault(1) is None
     with pytest.raises(DatasetError, match="image id 2 "):
         dataset.load_image(0)
+
+
+def test_the_image_in_its_place_is_augmented_for_its_own_size(folder):
+    """The plan of the draw was made for the image that cannot be used."""
+    whole = CocoDetection(folder, folder / "boxes.json", train_transforms(160))
+    break_image(folder, "two.png", "missing")
+    dataset = CocoDetection(
+        folder, folder / "boxes.json", train_transforms(160), unusable="replace"
+    )
+    for seed in range(12):
+        image, target = dataset[Draw(0, seed)]
+        expected, _ = whole[Draw(1, seed)]
+        assert torch.equal(image, expected)
+        assert target["size"].tolist() == list(image.shape[1:])
+
+
+def test_sizes_that_the_annotations_do_not_give_are_read(folder):
+    content = edited(lambda c: [image.pop("width") for image in c["images"][:2]])
+    dataset = CocoDetection(folder, CocoAnnotations.from_dict(content), as_read)
+    assert dataset.unknown_sizes.tolist() == [True, False, True]
+    assert dataset.image_sizes().tolist() == [[10, 10], [8, 16], [20, 30]]
+    (folder / "two.png").write_bytes(b"")
+    assert dataset.image_sizes().tolist() == [[480, 640], [8, 16], [20, 30]]
 
 
 def test_last_image_is_replaced_by_the_first_usable_one(folder):

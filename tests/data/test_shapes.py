@@ -10,6 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from detr_fast.data import collate
+from detr_fast.data.augmentation import draw_flip
+from detr_fast.data.sampler import Draw
 from detr_fast.data.shapes import CLASS_NAMES, SEEDS, SIDE, ShapesDetection, _Random, generate
 from detr_fast.data.transforms import normalize
 
@@ -186,6 +188,27 @@ def test_mirrored_boxes_are_exact():
     assert 4 <= mirrored <= 16
 
 
+def test_bytes_are_the_pictures_that_floats_are_normalised_from():
+    floats, data = (ShapesDetection("train", length=8, pixels=p) for p in ("float32", "uint8"))
+    for seed in range(8):
+        image, target = floats[Draw(seed, seed)]
+        pixels, same = data[Draw(seed, seed)]
+        assert pixels.dtype == torch.uint8
+        assert torch.equal(normalize(pixels), image)  # bit by bit
+        assert_same((image, target), (image, same))
+        pixels.zero_()  # the caller's own
+        assert torch.equal(normalize(data[Draw(seed, seed)][0]), image)
+
+
+def test_a_draw_decides_on_the_mirror():
+    data, val = (ShapesDetection(image_set, length=1) for image_set in ("train", "val"))
+    plain = ShapesDetection("train", augment=False, length=1)[0][0]
+    mirrored = [not torch.equal(data[Draw(0, seed)][0], plain) for seed in range(200)]
+    assert mirrored == [draw_flip(seed) for seed in range(200)]
+    assert 70 < sum(mirrored) < 130
+    assert_same(val[Draw(0, mirrored.index(True))], val[0])
+
+
 def test_val_is_not_mirrored_by_default():
     data = ShapesDetection("val", length=1)
     assert len({data[0][0].numpy().tobytes() for _ in range(10)}) == 1
@@ -229,6 +252,8 @@ def test_data_set_goes_to_workers():
 def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"\['train', 'val'\], got 'test'"):
         ShapesDetection("test")
+    with pytest.raises(ValueError, match="pixels 'bytes': choose float32 or uint8"):
+        ShapesDetection("val", pixels="bytes")
     for length in (0, 501):
         with pytest.raises(ValueError, match=rf"1\.\.500 for 'val', got {length}"):
             ShapesDetection("val", length=length)

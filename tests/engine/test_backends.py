@@ -12,9 +12,10 @@ from detr_fast.config import Config
 from detr_fast.criterion import loss_weights
 from detr_fast.data.batch import ImageBatch, collate
 from detr_fast.data.shapes import ShapesDetection
-from detr_fast.engine.batch import packed_targets
+from detr_fast.engine.batch import Batch, packed_targets
 from detr_fast.engine.optim import Learner
-from detr_fast.engine.train import train_step
+from detr_fast.engine.precision import Precision
+from detr_fast.engine.step import TrainingStep
 from detr_fast.ops import use_reference
 
 pytest.importorskip("scipy")
@@ -41,13 +42,14 @@ def losses(batches, seed, steps, dtype, *, reference=False, changed=0.0):
     names = ["labels", "boxes", "cardinality"]
     criterion = SetCriterion(4, HungarianMatcher(1, 5, 2), loss_weights(2), 0.1, names)
     learner = Learner(model, Config())
+    train = TrainingStep(learner, criterion, Precision(CPU))
     totals = []
     with use_reference() if reference else nullcontext():
         for step in range(steps):
             images, targets = batches[step % BATCHES]
             small = ImageBatch(F.avg_pool2d(images.tensors, 2).to(dtype))
-            packed = packed_targets(targets, criterion, CPU)
-            totals.append(train_step(learner, criterion, small, packed, CPU, step, steps)["loss"])
+            batch = Batch(small, packed_targets(targets, criterion, CPU), targets)
+            totals.append(train(batch, step, steps)["loss"])
     return torch.stack(totals)
 
 

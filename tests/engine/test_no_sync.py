@@ -8,15 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from detr_fast.config import configure, parse
+from detr_fast.command_line import parse
+from detr_fast.config import configure
 from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.batch import pad_images
 from detr_fast.engine import build
-from detr_fast.engine.batch import packed_targets
+from detr_fast.engine.batch import Batch, packed_targets
 from detr_fast.engine.log import MetricLogger
 from detr_fast.engine.metrics import StepMetrics
 from detr_fast.engine.optim import Learner, training_mode
-from detr_fast.engine.train import train_step
+from detr_fast.engine.precision import Precision
+from detr_fast.engine.step import TrainingStep
 from detr_fast.models.detr import build_detr
 from tests.engine.sync_guard import WaitsForTheDeviceError, no_sync
 
@@ -24,6 +26,8 @@ CLASSES = 4
 RECIPES = {
     "default": "",
     "original model": "--model detr_resnet50 --backbone_weights none --dropout 0.1",
+    "bfloat16": "--model detr_resnet50 --backbone_weights none --amp bf16",
+    "float16": "--model detr_resnet50 --backbone_weights none --amp fp16 --accumulate_steps 2",
     "all options": "--accumulate_steps 2 --warmup_steps 9 --ema_decay 0.99 --clip_max_norm 0",
 }
 
@@ -39,14 +43,19 @@ def meta(meta, monkeypatch):
 class Training:
     """What `train_one_epoch` does with each of its batches, on batches that are always the same."""
 
-    def __init__(self, device, flags="", *, layers=2, images=2, height=64):
+    def __init__(self, device, flags="", *, layers=2, images=2, height=64, static_gradients=False):
         self.device, self.batch = device, 0
         flags = f"--dataset_file shapes --dec_layers {layers} {flags}"
         config = configure(parse("", "", flags.split()))
         model = build_detr(config.model_config(CLASSES)).to(device)
         training_mode(model)
-        self.learner = Learner(model, config)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.amp)
+        precision = Precision(device, dtype)  # what the flags say, on the meta device, too
+        self.learner = Learner(
+            model, config, scaled=precision.scales_loss, static_gradients=static_gradients
+        )
         self.criterion = build.build_criterion(config, CLASSES).to(device)
+        self.train = TrainingStep(self.learner, self.criterion, precision)
         self.metrics = StepMetrics(MetricLogger(), lateness=1)
         sizes = [(3, height - 16 * (i % 2), 64) for i in range(images)]
         self.images = pad_images([torch.rand(size) for size in sizes])
@@ -61,8 +70,9 @@ class Training:
         self.submit(packed_targets(self.targets, self.criterion, self.device))
 
     def submit(self, packed):
-        args = (self.learner, self.criterion, self.images, packed, self.device, self.batch, 100)
-        self.metrics.add(self.batch, [0], train_step(*args))
+        images, targets = (x.to(self.device, non_blocking=True) for x in (self.images, packed))
+        values = self.train(Batch(images, targets, []), self.batch, 100)
+        self.metrics.add(self.batch, [0], values)
         self.batch += 1
 
     def guarded_step(self):
@@ -104,6 +114,39 @@ def test_no_operator_of_a_step_waits(recipe, meta):
     assert calls[torch.ops.detr_fast.set_loss] == 4
     assert calls[torch.ops.detr_fast.hungarian_match] == 4
     assert calls[torch.ops.aten._fused_adamw_] >= 2
+    half = "--amp" in RECIPES[recipe]
+    assert (calls[torch.ops.detr_fast.attention] > 0) == half  # heads of 32 columns
+    scaled = recipe == "float16"
+    assert calls[torch.ops.aten._amp_update_scale_] == 2 * scaled
+    if scaled:
+        assert training.learner.scale.value.device == meta
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+@pytest.mark.parametrize("static", [False, True])
+def test_an_update_launches_nothing_for_each_parameter(amp, static, meta, monkeypatch):
+    """Norm, clipping, unscaling, AdamW and zeroing go over lists of them."""
+    # as on CUDA; of the meta device torch's clipping does not know that it takes lists
+    monkeypatch.setattr(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True)
+    flags = f"--model detr_resnet50 --backbone_weights none --enc_layers 1 --amp {amp}"
+    training = Training(meta, flags, static_gradients=static)
+    training.step()
+    learner = training.learner
+    parameters = sum(p.requires_grad for p in learner.model.parameters())
+    outputs = learner.model(training.images.to(meta))
+    loss = outputs["pred_logits"].sum() + outputs["pred_boxes"].sum()
+    with no_sync() as zeroing:
+        learner.begin(1, 100)
+    learner.backward(loss)
+    with no_sync() as finishing:
+        learner.finish()
+    update = zeroing + finishing
+    assert parameters > 100
+    assert sum(update.values()) < 50, update
+    for op in (torch.ops.aten._foreach_norm, torch.ops.aten._foreach_mul_):
+        assert 1 <= update[op] <= 2, op
+    assert update[torch.ops.aten._fused_adamw_] == 2  # groups
+    assert update[torch.ops.aten._foreach_zero_] == static
 
 
 PLANTED = {
@@ -190,8 +233,8 @@ def test_what_the_loop_adds_does_not_grow_with_layers_or_images(meta):
         with no_sync() as calls:
             total, terms = weighted_losses(losses, weights)
             training.metrics.add(0, list(range(images)), {"loss": total, **terms})
-            learner._losses = total
-            learner._update()
+            learner._losses += total
+            learner.finish()
         return calls
 
     few, many = added(2, 2), added(6, 16)

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from detr_fast import cli
-from detr_fast.config import configure, parse
+from detr_fast.command_line import parse
+from detr_fast.config import configure
+from detr_fast.engine.optim import Learner
 from detr_fast.engine.resume import Progress, newest_checkpoint
 from detr_fast.models.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from detr_fast.models.checksum import with_digests
@@ -109,16 +111,14 @@ def test_killed_at_a_random_point(data, uninterrupted, tmp_path, point):
 
 
 def test_sigterm_ends_a_run_at_its_place(data, tmp_path, monkeypatch, capsys):
-    from detr_fast.engine import train
+    finish_step = Learner.finish
 
-    learn = train.Learner.learn
-
-    def interrupted(self, *args):
-        learn(self, *args)
+    def interrupted(self):
+        finish_step(self)
         if self.steps == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(train.Learner, "learn", interrupted)
+    monkeypatch.setattr(Learner, "finish", interrupted)
     arguments = command(data, tmp_path).replace("--num_workers 2", "--num_workers 0").split()
     assert cli.train(arguments) == 128 + signal.SIGTERM
     checkpoint = read_checkpoint(tmp_path / "checkpoint.pth")
@@ -179,20 +179,37 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_changed_batches_begin_the_epoch_anew(capsys):
-    def progress(line, images):
-        return Progress.of(configure(parse("", "", line.split())), images)
+    def progress(line, images, bucket):
+        return Progress.of(configure(parse("", "", line.split())), images, bucket)
 
-    begun = progress("--batch_size 4", 100)
-    stored = {**begun.state_dict(), "epoch": 6}
-    stored["progress"] |= {"batch": 7, "meters": {"loss": {}}}
-    again = progress("--batch_size 4", 100).resumed(stored)
-    assert (again.epoch, again.batch, again.meters) == (7, 7, {"loss": {}})
-    for line, images in (
-        ("--batch_size 5", 100),
-        ("--batch_size 4", 99),
-        ("--batch_size 4 --seed 1", 100),
+    def stored(*of):
+        state = {**progress(*of).state_dict(), "epoch": 6}
+        state["progress"] |= {"batch": 7, "meters": {"loss": {}}}
+        return state
+
+    grouped, official = stored("--batch_size 4", 100, 64), stored("--batch_size 4", 100, 0)
+    old = stored("--batch_size 4", 100, 0)
+    old["progress"]["images"] = (100, 4, 1, 42)  # of a version without --padding
+    for line, images, bucket, state in (
+        ("--batch_size 4", 100, 64, grouped),
+        ("--batch_size 4", 100, 0, official),
+        ("--batch_size 4", 100, 0, old),
+        ("--batch_size 4 --image_size 400", 100, 0, official),  # any size in the same order
     ):
-        again = progress(line, images).resumed(stored)
+        again = progress(line, images, bucket).resumed(state)
+        assert (again.epoch, again.batch, again.meters) == (7, 7, {"loss": {}})
+        assert "continuing epoch 7 after 7 batches" in capsys.readouterr().out
+    for line, images, bucket, state in (
+        ("--batch_size 5", 100, 64, grouped),
+        ("--batch_size 4", 99, 64, grouped),
+        ("--batch_size 4 --seed 1", 100, 64, grouped),
+        ("--batch_size 4", 100, 128, grouped),
+        ("--batch_size 4 --image_size 400", 100, 64, grouped),
+        ("--batch_size 4", 100, 0, grouped),
+        ("--batch_size 4", 100, 64, official),
+        ("--batch_size 4", 100, 64, old),
+    ):
+        again = progress(line, images, bucket).resumed(state)
         assert (again.epoch, again.batch, again.meters) == (7, 0, {})
         assert "epoch 7 begins anew: its (training images, batch size" in capsys.readouterr().out
 

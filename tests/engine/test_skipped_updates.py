@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from detr_fast import cli
-from detr_fast.config import configure, parse
-from detr_fast.engine import train
+from detr_fast.command_line import parse
+from detr_fast.config import configure
+from detr_fast.criterion import SetCriterion
 from detr_fast.engine.optim import Learner
 from detr_fast.models import detr_tiny
 from detr_fast.models.checkpoint import read_checkpoint, write_checkpoint
@@ -39,12 +40,18 @@ def loss_of(learner, kind, seed):
     return loss
 
 
+def learn(learner, loss, number, batches):
+    learner.begin(number, batches)
+    learner.backward(loss)
+    learner.finish()
+
+
 def learned(flags, windows):
     """A learner after windows of batches, each of which ends in an update."""
     learner = learner_of(flags)
     batches = [batch for window in windows for batch in window]
     for number, batch in enumerate(batches):
-        learner.learn(loss_of(learner, *batch), number, len(batches))
+        learn(learner, loss_of(learner, *batch), number, len(batches))
     return learner
 
 
@@ -100,7 +107,7 @@ def test_steps_of_any_form_are_loaded():
         again = learner_of("--accumulate_steps 1")
         again.model.load_state_dict(stored["model"])
         again.load_state_dict(stored)
-        again.learn(loss_of(again, "good", 5), 0, 1)
+        learn(again, loss_of(again, "good", 5), 0, 1)
         steps = [entry["step"] for entry in again.optimizer.state.values()]
         assert all(step.dtype == torch.float32 and step == 3 for step in steps)
         ends.append(state_of(again))
@@ -119,14 +126,14 @@ def test_moments_are_laid_out_as_the_weights():
     again.load_state_dict(checkpoint)
     start.config = again.config
     for learner in (start, again):
-        learner.learn(loss_of(learner, "good", 5), 0, 1)
+        learn(learner, loss_of(learner, "good", 5), 0, 1)
     assert any(not p.is_contiguous() for p in again.model.parameters())
     assert_close(state_of(again), state_of(start), rtol=0, atol=0)
 
 
 def broken_at(monkeypatch, calls, value=float("nan"), name="loss_giou_0"):
     """Spoil a loss of the training steps of these numbers; returns the criterion's calls."""
-    forward = train.SetCriterion.forward
+    forward = SetCriterion.forward
     seen = []
 
     def broken(self, outputs, targets):
@@ -137,7 +144,7 @@ def broken_at(monkeypatch, calls, value=float("nan"), name="loss_giou_0"):
                 losses = {**losses, name: losses[name] * value}
         return losses
 
-    monkeypatch.setattr(train.SetCriterion, "forward", broken)
+    monkeypatch.setattr(SetCriterion, "forward", broken)
     return seen
 
 
@@ -191,16 +198,16 @@ def test_the_first_skipped_step_can_be_the_last(tmp_path, capsys, monkeypatch):
 
 def test_skipped_updates_of_an_interrupted_epoch_are_counted(tmp_path, capsys, monkeypatch):
     broken_at(monkeypatch, {0})
-    learn = Learner.learn
+    finish = Learner.finish
 
-    def interrupted(self, *args):
-        learn(self, *args)
+    def interrupted(self):
+        finish(self)
         if self.steps == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Learner, "learn", interrupted)
+    monkeypatch.setattr(Learner, "finish", interrupted)
     assert fit(f"--epochs 1 --checkpoint_steps 1 --output_dir {tmp_path}") == 130
-    monkeypatch.setattr(Learner, "learn", learn)
+    monkeypatch.setattr(Learner, "finish", finish)
     assert fit(f"--epochs 1 --output_dir {tmp_path} --resume auto") == 0
     assert "  skipped: 1" in capsys.readouterr().out
     assert json.loads((tmp_path / "log.txt").read_text())["train_skipped"] == 1

@@ -13,12 +13,17 @@ import torch
 from torch.testing import assert_close
 
 from detr_fast import cli
-from detr_fast.config import configure, parse
+from detr_fast.command_line import parse
+from detr_fast.config import configure
+from detr_fast.criterion import SetCriterion
 from detr_fast.data.shapes import ShapesDetection
 from detr_fast.engine import build, datasets, train
+from detr_fast.engine.batch import DeviceBatches, model_input
 from detr_fast.engine.diagnose import why_no_ap
 from detr_fast.engine.evaluate import evaluate, evaluate_checkpoint
 from detr_fast.engine.optim import Learner, build_optimizer, build_schedule
+from detr_fast.engine.precision import Precision
+from detr_fast.engine.step import TrainingStep
 from detr_fast.models import detr_resnet50
 from detr_fast.models.checkpoint import read_checkpoint
 
@@ -34,8 +39,8 @@ def few_images(monkeypatch):
     lengths = {"train": 4 * STEPS + 1, "val": 6}
 
     @functools.wraps(ShapesDetection)
-    def few(image_set, augment):
-        return ShapesDetection(image_set, augment, length=lengths[image_set])
+    def few(image_set, augment, pixels):
+        return ShapesDetection(image_set, augment, lengths[image_set], pixels)
 
     monkeypatch.setattr(datasets, "ShapesDetection", few)
 
@@ -112,10 +117,18 @@ def learning(line):
     model = build.build_model(settings, dataset.num_classes)
     twin = copy.deepcopy(model)
     criterion = build.build_criterion(settings, dataset.num_classes)
-    batches = list(build.build_loader(dataset, settings, device, shuffle=False))[:STEPS]
+    loader = build.build_loader(dataset, settings, device, shuffle=False)
+    batches = [
+        dataclasses.replace(batch, pixels=model_input(batch.images, torch.float32).tensors)
+        for batch in loader
+    ][:STEPS]
     learner = Learner(model, settings)
     train.train_one_epoch(
-        learner, criterion, batches, device, epoch=0, print_freq=1, stop=train.StopRequest()
+        TrainingStep(learner, criterion, Precision(device)),
+        DeviceBatches(batches, criterion, device),
+        epoch=0,
+        print_freq=1,
+        stop=train.StopRequest(),
     )
     return learner, twin, criterion, batches
 
@@ -139,8 +152,8 @@ def test_steps_equal_the_original_loop():
     ]
     expected = torch.optim.AdamW(groups, lr=1e-3, weight_decay=1e-4)
     twin.train()
-    for images, targets in batches:
-        losses = criterion(twin(images), targets)
+    for batch in batches:
+        losses = criterion(twin(batch.images), batch.targets)
         weights = criterion.weight_dict
         total = sum(losses[name] * weights[name] for name in losses if name in weights)
         expected.zero_grad()
@@ -162,8 +175,8 @@ def test_accumulated_gradients_are_averaged_and_rates_rise():
     twin.train()
     for step, window in enumerate((batches[:2], batches[2:]), start=1):
         expected.zero_grad()
-        for images, targets in window:
-            losses = criterion(twin(images), targets)
+        for batch in window:
+            losses = criterion(twin(batch.images), batch.targets)
             weights = criterion.weight_dict
             total = sum(losses[name] * weights[name] for name in losses if name in weights)
             (total / len(window)).backward()
@@ -318,7 +331,7 @@ def test_resume_continues_where_the_run_ended(tmp_path, capsys):
 
 @pytest.mark.parametrize("during", ["train", "eval"])
 def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, during):
-    forward = train.SetCriterion.forward
+    forward = SetCriterion.forward
     seen = []
 
     def interrupted(self, outputs, targets):
@@ -327,7 +340,7 @@ def test_interrupt_leaves_a_usable_checkpoint(tmp_path, capsys, monkeypatch, dur
             os.kill(os.getpid(), signal.SIGINT)
         return forward(self, outputs, targets)
 
-    monkeypatch.setattr(train.SetCriterion, "forward", interrupted)
+    monkeypatch.setattr(SetCriterion, "forward", interrupted)
     handler = signal.getsignal(signal.SIGINT)  # a shell's background jobs ignore it
     assert fit(f"--epochs 2 --output_dir {tmp_path}") == 130
     assert f"--resume {tmp_path}/checkpoint.pth" in capsys.readouterr().out

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ResNet against torchvision's, folded norms against plain ones, weights from elsewhere."""
 
+import copy
 import sys
+from dataclasses import replace
 from urllib.error import URLError
 
 import pytest
@@ -9,9 +11,22 @@ import torch
 from torch.testing import assert_close
 
 from detr_fast.models import ModelConfig, build_detr
-from detr_fast.models.backbone import Backbone, FrozenBatchNorm2d, conv_norm, load_backbone_weights
+from detr_fast.models.backbone import (
+    Backbone,
+    Bottleneck,
+    FrozenBatchNorm2d,
+    conv_norm,
+    load_backbone_weights,
+)
 from detr_fast.models.checkpoint import CheckpointError
-from tests.models.random_models import SMALL, gradients, randomize_norms, weighted_sum
+from detr_fast.models.tiny import Residual
+from tests.models.random_models import (
+    SMALL,
+    gradients,
+    random_detr,
+    randomize_norms,
+    weighted_sum,
+)
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -210,3 +225,127 @@ def test_weights_of_another_resnet_are_refused(resnet50_file):
 def test_missing_file_names_flag_and_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"--backbone_weights .*absent\.pth: no such file"):
         load_backbone_weights(build_detr(SMALL), tmp_path / "absent.pth")
+
+
+def layouts(module):
+    """Whether convolutions of several channels and cells are channels_last, and whether NCHW."""
+    weights = [p for p in module.parameters() if p.dim() == 4 and p.shape[1] > 1 < p.shape[2]]
+    assert weights
+    last = all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    return last, all(w.is_contiguous() for w in weights)
+
+
+@pytest.mark.parametrize("folded", [True, False], ids=["folded", "plain"])
+@pytest.mark.parametrize("backbone", ["resnet50", "tiny"])
+def test_layout_from_the_images_to_the_features(backbone, folded):
+    """Channels last, or as the original has it, whatever comes in; in gradients and copies, too."""
+    config = replace(SMALL, backbone=backbone)
+    model = random_detr(config, folded=folded).train()
+    expected = (folded, not folded)
+    assert layouts(model.backbone) == expected
+    state = {name: value.contiguous() for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    assert layouts(model.backbone) == layouts(copy.deepcopy(model).backbone) == expected
+    seen = []
+
+    def see(module, inputs, output):
+        for x in (inputs[0], output):
+            last = x.is_contiguous(memory_format=torch.channels_last)
+            seen.append((last, x.is_contiguous()))
+
+    for module in model.backbone.modules():
+        if isinstance(module, (Bottleneck, Residual)):
+            module.register_forward_hook(see)
+    images = torch.randn(2, 3, 64, 96)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.zero_grad()
+        outputs = model(images.contiguous(memory_format=layout))
+        weighted_sum(outputs["pred_logits"], outputs["pred_boxes"]).backward()
+        for p in model.backbone.parameters():
+            assert p.grad is None or p.grad.stride() == p.stride()
+    assert set(seen) == {expected}
+
+
+def test_frozen_stages_are_without_autograd():
+    """No graph is recorded for them, nothing of them is kept, no gradient is computed."""
+    backbone = Backbone("resnet50").train()
+    randomize_norms(backbone)
+    ends = {}
+    for name in ("layer1", "layer2"):
+        getattr(backbone.body, name).register_forward_hook(
+            lambda module, inputs, output, name=name: ends.update({name: output})
+        )
+    frozen = {p.data_ptr() for p in backbone.parameters() if not p.requires_grad}
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = backbone(torch.randn(2, 3, 64, 96))
+    assert ends["layer1"].grad_fn is None
+    assert not ends["layer1"].requires_grad
+    assert ends["layer2"].grad_fn is not None
+    assert not {tensor.data_ptr() for tensor in kept} & frozen
+    larger = [x for x in kept if x.shape[-2:] == (16, 24) and x.shape[1] == 64]
+    assert not larger  # an activation inside of the first stage
+    features.sum().backward()
+    assert all((p.grad is None) != p.requires_grad for p in backbone.parameters())
+
+
+def folds(run):
+    """How many kernels a function folds."""
+    calls = []
+    scale_shift = FrozenBatchNorm2d.scale_shift
+
+    def counted(norm):
+        calls.append(norm)
+        return scale_shift(norm)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenBatchNorm2d, "scale_shift", counted)
+        run()
+    return len(calls)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_folded_kernels_are_kept_in_inference(dtype):
+    """And made anew when a weight or a statistic changes, and in training."""
+    backbone = Backbone("resnet50").eval()
+    randomize_norms(backbone)
+    images = torch.randn(1, 3, 64, 64)
+
+    @torch.no_grad()
+    def run():
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            return backbone(images)
+
+    norms = sum(isinstance(m, FrozenBatchNorm2d) for m in backbone.modules())
+    assert folds(run) == norms
+    first = run()
+    assert folds(run) == 0
+    assert torch.equal(run(), first)
+    with torch.no_grad():
+        backbone.body.layer2[0].conv1.weight.mul_(1.5)
+        backbone.body.layer3[1].bn2.running_mean.add_(0.5)
+    assert folds(run) == 2
+    assert not torch.equal(run(), first)
+    fresh = Backbone("resnet50").eval()
+    fresh.load_state_dict(backbone.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        assert torch.equal(run(), fresh(images))
+    assert folds(lambda: backbone(images)) == norms  # with gradients
+    backbone.train()
+    assert folds(run) == norms
+
+
+def test_folded_kernels_are_rounded_once_under_autocast():
+    conv, norm = torch.nn.Conv2d(4, 6, 1, bias=False), FrozenBatchNorm2d(6)
+    randomize_norms(norm)
+    exact = (conv.weight * norm.scale_shift()[0][:, None, None, None]).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        weight, shift = norm.folded_into(conv)
+        assert norm.double().folded_into(conv.double())[0].dtype == torch.float64
+    assert torch.equal(weight, exact)
+    assert shift.dtype == torch.bfloat16

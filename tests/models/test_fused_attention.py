@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.dispatched import dispatched
 from detr_fast import ops
 from detr_fast.data.batch import ImageBatch, pad_images
+from detr_fast.engine.dispatched import dispatched
 from detr_fast.models.padding import padding_of_sizes
 from tests.models.random_models import SMALL, gradients, random_detr, random_images, weighted_sum
 

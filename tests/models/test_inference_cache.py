@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
-from benchmarks.dispatched import dispatched
+from detr_fast.engine.dispatched import dispatched
 from detr_fast.models.inference_cache import MOST_ENTRIES, InferenceCache
 from tests.models.random_models import SMALL, random_detr, random_images
 

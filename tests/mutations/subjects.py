@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.cudasim.build import CSRC
-from tests.mutations import attention_checks, boxes_checks
+from tests.mutations import attention_checks, boxes_checks, image_checks
 from tests.mutations.checks import Check
 from tests.mutations.mutants import Mutant, mutants_of
 
@@ -52,4 +52,9 @@ ATTENTION = Subject(
     ),
     attention_checks.all_checks,
 )
-SUBJECTS = {subject.folder: subject for subject in (BOXES, ATTENTION)}
+IMAGE = Subject(
+    "image",
+    ("image/image_kernels.cu", "image/image_math.h", "image/image.h", "image/image_cuda.cpp"),
+    image_checks.all_checks,
+)
+SUBJECTS = {subject.folder: subject for subject in (BOXES, ATTENTION, IMAGE)}

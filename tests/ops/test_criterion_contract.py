@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from benchmarks.dispatched import dispatched
 from detr_fast import ops, reference
+from detr_fast.engine.dispatched import dispatched
 from detr_fast.ops.criterion import ClassLoss
 from tests.cudasim import simulated
 from tests.ops.loss_cases import (

@@ -195,6 +195,31 @@ def test_emitted_attention_equals_the_simulated(home, rows, dtype, dropout_p):
     assert_close(found, expected, atol=step, rtol=2 * step)
 
 
+NORMALIZED = (torch.float32, torch.half, torch.bfloat16)
+
+
+@functools.cache
+def normalize_on_ptx(dtype, home):
+    """Three images that begin at each place in a vector, with padding: planes, pixels, neither."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randint(0, 256, (3, 3, 17, 17), dtype=torch.uint8, generator=generator)
+    bytes_of_all = torch.arange(256, dtype=torch.uint8).expand(1, 3, -1).reshape(1, 3, 16, 16)
+    pixels = images[..., :16].contiguous(memory_format=torch.channels_last)
+    sizes = torch.tensor([[17, 17], [9, 16], [16, 5]], dtype=torch.int32)
+    cases = (bytes_of_all, None), (images, sizes), (pixels, sizes), (images[..., ::2], sizes)
+    with interpreted(home) as interpreter:
+        found = [detr_fast.ops.normalize_images(*case, dtype=dtype) for case in cases]
+    expected = [detr_fast.ops.normalize_images(*case, dtype=dtype) for case in cases]
+    return found, expected, interpreter.launched
+
+
+@pytest.mark.parametrize("dtype", NORMALIZED, ids=str)
+def test_emitted_pixels_equal_the_cpu_op(home, dtype):
+    found, expected, launched = normalize_on_ptx(dtype, home)
+    assert launched
+    assert_close(found, expected, atol=0, rtol=0)
+
+
 def test_every_kernel_has_a_case(home):
     launched = set().union(*(run_on_ptx(case, dtype, home)[1] for case, dtype in RUNS))
     for dtype in (torch.float32, torch.float64):
@@ -204,6 +229,7 @@ def test_every_kernel_has_a_case(home):
             *(losses_on_ptx(loss, dtype, home)[2] for loss in (CROSS_ENTROPY, FOCAL, VARIFOCAL))
         )
     launched |= set().union(*(attend_on_ptx(*case, home)[1] for case in ATTENTIONS))
+    launched |= set().union(*(normalize_on_ptx(dtype, home)[2] for dtype in NORMALIZED))
     assert launched == set(product_kernels(home))
 
 

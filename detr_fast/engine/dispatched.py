@@ -1,27 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The calls of torch that a computation makes: what eager mode pays for on the host."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.timing import Run
 
+class Recorder(TorchDispatchMode):
+    """Within this context the names of all ops are kept, those of the backward included.
 
-class _Recorder(TorchDispatchMode):
-    """Keeps the names of all ops, those of the backward included."""
+    Attributes:
+        names (list[str]): one for each call, in their order; views are ops, too.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Keep the name and make the call."""
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-def dispatched(run: Run) -> list[str]:
-    """Names of the ops, one for each call, in their order; views are ops, too."""
-    with _Recorder() as recorder:
+def dispatched(run: Callable[[], Any]) -> list[str]:
+    """Names of the ops that ``run()`` calls."""
+    with Recorder() as recorder:
         run()
     return recorder.names
