@@ -65,9 +65,7 @@ class Trainer:
         """Evaluate what has been learnt."""
         run = self.run
         with chosen_ops(run.config), contextlib.redirect_stdout(io.StringIO()):
-            found = evaluate(
-                run.learner.evaluated, run.criterion, run.val_batches, infer=run.infer
-            )
+            found = evaluate(run.learner.evaluated, run.criterion, run.val_batches, infer=run.infer)
         return Outcome(self.seconds, len(run.train_batches), *found.result.stats[:2])
 
 
@@ -78,7 +76,9 @@ def measured(flags: dict[str, Any]) -> dict[str, Outcome]:
     for epoch in range(epochs):
         for trainer in trainers.values():
             trainer.train_epoch()
-        times = ", ".join(f"{name} {trainer.seconds[-1]:.1f} s" for name, trainer in trainers.items())
+        times = ", ".join(
+            f"{name} {trainer.seconds[-1]:.1f} s" for name, trainer in trainers.items()
+        )
         print(f"epoch {epoch + 1} of {epochs}: {times}", file=sys.stderr)
     return {backend: trainer.outcome() for backend, trainer in trainers.items()}
 

@@ -73,9 +73,7 @@ def test_callables_take_turns(clock):
 
     def call(name):
         calls.append(name)
-        clock.compute(
-            6e-3
-        )  # longer than a round must last: one call to warm up, one that counts
+        clock.compute(6e-3)  # longer than a round must last: one call to warm up, one that counts
 
     time_all({"a": lambda: call("a"), "b": lambda: call("b")}, CPU, seconds=0)
     assert calls[-4 * LEAST_ROUNDS :] == ["a", "a", "b", "b"] * LEAST_ROUNDS

@@ -90,7 +90,8 @@ def test_default_run_trains_both_back_ends_in_turn_to_their_ends(short_default_r
     turns = [(name, epoch, 2) for epoch in (0, 1) for name in ("TrainingStep", "ReferenceStep")]
     assert short_default_run == turns
     printed, progress = capsys.readouterr()
-    assert "| fast | 4 |" in printed and "| reference | 4 |" in printed
+    assert "| fast | 4 |" in printed
+    assert "| reference | 4 |" in printed
     assert "fast over reference: " in printed
     assert progress.count("epoch 2 of 2: fast") == 1
 
@@ -98,7 +99,9 @@ def test_default_run_trains_both_back_ends_in_turn_to_their_ends(short_default_r
 def test_table_of_the_default_run_takes_whole_times_and_the_ratios_of_epochs():
     outcome = default_run.Outcome
     slow = outcome([4.0, 6.0, 20.0], steps=12, ap=0.5, ap50=0.75)
-    page = default_run.table({"fast": outcome([2.0, 3.0, 5.0], 12, 0.51, 0.74), "reference": slow}, 8)
+    page = default_run.table(
+        {"fast": outcome([2.0, 3.0, 5.0], 12, 0.51, 0.74), "reference": slow}, 8
+    )
     assert "| fast | 36 | 3.60 | 28.8 | 0.510 | 0.740 |" in page
     assert "fast over reference: 3.00 (median of 3 epochs 2.00, 2.00 to 4.00)" in page
 
