@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: ``detr-fast train``, ``eval`` and ``profile``, which ``tools/`` calls, too.
+"""The command line ``detr-fast``, whose commands ``tools/`` calls, too.
 
 Exit codes: 0 done, 1 the training diverged, 2 a mistake of the user (also a full disk or too little
 GPU memory), 130 stopped by Ctrl-C, 143 by SIGTERM.
@@ -9,6 +9,7 @@ import io
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from types import MappingProxyType
 from typing import Any
@@ -95,30 +96,13 @@ def _profile(config: Config, checkpoint: Checkpoint, options: dict[str, Any]) ->
     return 0
 
 
-def _run(
-    program: str,
-    description: str,
-    arguments: Sequence[str] | None,
-    work: Callable[[Config, Checkpoint, dict[str, Any]], int] = _train_or_evaluate,
-    *,
-    eval: bool = False,
-    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
-) -> int:
-    debug = False
+def _ends_well(work: Callable[[], int], *, debug: bool) -> int:
+    """Do ``work``; a mistake of the user ends in one line and an exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # class names that it cannot show are no error
             stream.reconfigure(errors="backslashreplace")
     try:
-        given = parse(program, description, arguments, more)
-        options = {name: given.pop(name) for name in more if name in given}
-        debug = given.get("debug", False)
-        if eval:
-            given["eval"] = True
-        given, checkpoint = _start(given)
-        config = configure(given, stored_flags(checkpoint) if checkpoint else None)
-        say(config.headline())
-        say(str(config))
-        return work(config, checkpoint, options)
+        return work()
     except KeyboardInterrupt:
         return 130
     except (*MISTAKES, TrainingDivergedError) as error:
@@ -136,6 +120,52 @@ def _run(
         return 2
 
 
+def _run(
+    program: str,
+    description: str,
+    arguments: Sequence[str] | None,
+    work: Callable[[Config, Checkpoint, dict[str, Any]], int] = _train_or_evaluate,
+    *,
+    eval: bool = False,
+    more: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> int:
+    """A command that takes the flags of training, and ``more``."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        given = parse(program, description, line, more)
+        options = {name: given.pop(name) for name in more if name in given}
+        if eval:
+            given["eval"] = True
+        given, checkpoint = _start(given)
+        config = configure(given, stored_flags(checkpoint) if checkpoint else None)
+        say(config.headline())
+        say(str(config))
+        return work(config, checkpoint, options)
+
+    return _ends_well(run, debug="--debug" in line)
+
+
+def _run_own(module: str, program: str, arguments: Sequence[str] | None) -> int:
+    """A command with flags of its own, which ``module`` describes and does.
+
+    The module has ``parser(program)``, which returns a :class:`detr_fast.command_line.Parser`,
+    and ``run(options)``, which takes what it parsed and returns the exit code. It is imported
+    when it is asked for: no command waits for the libraries of another.
+    """
+    line = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        command = import_module(module)
+        parser = command.parser(program)
+        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        options = parser.parse_args(line)
+        del options.debug
+        return command.run(options)
+
+    return _ends_well(run, debug="--debug" in line)
+
+
 def train(arguments: Sequence[str] | None = None, program: str = "train.py") -> int:
     """Run ``tools/train.py``; return its exit code."""
     return _run(program, TRAIN, arguments)
@@ -151,20 +181,49 @@ def profile_step(arguments: Sequence[str] | None = None, program: str = "profile
     return _run(program, PROFILE, arguments, _profile, more=FLAGS)
 
 
+def predict(arguments: Sequence[str] | None = None, program: str = "predict.py") -> int:
+    """Run ``tools/predict.py``; return its exit code."""
+    return _run_own("detr_fast.predict.command", program, arguments)
+
+
+def report(arguments: Sequence[str] | None = None, program: str = "report.py") -> int:
+    """Run ``tools/report.py``; return its exit code."""
+    return _run_own("detr_fast.engine.report.command", program, arguments)
+
+
+def export(arguments: Sequence[str] | None = None, program: str = "export.py") -> int:
+    """Run ``tools/export.py``; return its exit code."""
+    return _run_own("detr_fast.export.command", program, arguments)
+
+
+def convert(arguments: Sequence[str] | None = None, program: str = "convert_checkpoint.py") -> int:
+    """Run ``tools/convert_checkpoint.py``; return its exit code."""
+    return _run_own("detr_fast.convert", program, arguments)
+
+
+COMMANDS = {
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "report": report,
+    "export": export,
+    "convert": convert,
+    "profile": profile_step,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``detr-fast``; return its exit code."""
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    if command == "train":
-        return train(rest, program="detr-fast train")
-    if command == "eval":
-        return evaluate(rest, program="detr-fast eval")
-    if command == "profile":
-        return profile_step(rest, program="detr-fast profile")
+    if command in COMMANDS:
+        return COMMANDS[command](rest, program=f"detr-fast {command}")
+    names = list(COMMANDS)
     if command == "--version":
         say(version("detr-fast"))
         return 0
     if command in ("-h", "--help"):
-        say("usage: detr-fast {train,eval,profile} [flags]; flags: detr-fast train --help")
+        say(f"usage: detr-fast {{{','.join(names)}}} [flags]; flags: detr-fast train --help")
         return 0
-    _complain(UsageError(f"detr-fast: expected train, eval or profile, got {command!r}"))
+    expected = f"{', '.join(names[:-1])} or {names[-1]}"
+    _complain(UsageError(f"detr-fast: expected {expected}, got {command!r}"))
     return 2

@@ -10,17 +10,21 @@ from typing import Any, NoReturn
 from detr_fast.config import Config, UsageError
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line as :class:`UsageError`, like every other mistake."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a wrong command line as :class:`UsageError`.
+
+    So it ends like every other mistake: with one line, and exit code 2.
+    """
 
     def error(self, message: str) -> NoReturn:
+        """Raise what :mod:`argparse` would have printed."""
         raise UsageError(f"{message} (see --help)")
 
 
 def _parser(
     program: str, description: str, more: Mapping[str, dict[str, Any]]
 ) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program,
         description=description,
         argument_default=argparse.SUPPRESS,  # what is left out is not in the namespace
