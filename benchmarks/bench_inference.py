@@ -31,6 +31,7 @@ from benchmarks.whole_model import (
     Weights,
     build_run,
     config_of,
+    memory_of,
     problem,
     random_weights,
 )
@@ -110,7 +111,8 @@ def ours(
         return bytes_of([*run.model.parameters(), *run.model.buffers()]) + graph_bytes()
 
     slow = flags.get("compile") == "on"
-    return Contender(detect, checked=checked, check=check, slow_start=slow, held=held)
+    before = memory_of(device, fast=run.config.backend == "fast")
+    return Contender(detect, checked, check, slow_start=slow, before=before, held=held)
 
 
 def inference(device: torch.device, flags: dict[str, Any], images: list[tuple[int, int]]) -> Setup:

@@ -45,6 +45,8 @@ class Contender:
         check (Callable): in place of the case's, where it computes in another precision.
         slow_start (bool): compiles first; left out of quick runs and where nothing is timed.
         waits (bool): synchronises with the GPU, so that no CUDA graph can hold it.
+        before (Callable): sets what holds for the whole process, before each round of it; such a
+            round begins with a call that does not count.
         held (Callable): bytes of GPU memory that it keeps between calls; with it the record of a
             GPU tells the peak of a call, :func:`benchmarks.memory.peak_bytes`.
     """
@@ -54,6 +56,7 @@ class Contender:
     check: Check | None = None
     slow_start: bool = False
     waits: bool = False
+    before: Run | None = None
     held: Held | None = None
 
 
@@ -208,7 +211,8 @@ def compare(
         missing = "; ".join(f"{name} ({entry['missing']})" for name, entry in absent.items())
         return {"case": case.name, "equal": ", ".join(ready), "missing": missing}
     seconds = QUICK_SECONDS if quick else SECONDS[device.type]
-    times = time_all({name: c.run for name, c in ready.items()}, device, seconds)
+    before = {name: c.before for name, c in ready.items() if c.before}
+    times = time_all({name: c.run for name, c in ready.items()}, device, seconds, before)
     entries = {name: _rounded(time) | _images(case, time) for name, time in times.items()}
     if device.type == "cuda":
         for name, contender in ready.items():

@@ -3,7 +3,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,12 @@ class Time(NamedTuple):
     spread: float | None  # (third - first quartile) / median; None of a single call
 
 
-def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict[str, Time]:
+def time_all(
+    runs: dict[str, Run],
+    device: torch.device,
+    seconds: float,
+    before: Mapping[str, Run] = MappingProxyType({}),
+) -> dict[str, Time]:
     """Time callables against each other on one device.
 
     Round by round, every callable in turn: what disturbs the machine disturbs all of them.
@@ -32,6 +38,8 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
         runs (dict[str, Callable]): what to time, warmed up here.
         device (torch.device): CPU or CUDA.
         seconds (float): wall time to spend on each of them, about.
+        before (dict[str, Callable]): for some of the names, what sets their process up before each
+            of their rounds, which then begins with a call that does not count, however long.
 
     Returns:
         dict[str, Time]: for each name, microseconds of a call.  On a CPU that is processor time
@@ -44,6 +52,7 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
     counts, warm, rounds = {}, {}, MOST_ROUNDS
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
+        before.get(name, _nothing)()
         start = time.perf_counter()
         first = one_round(run, 1)  # waits for its end
         once = time.perf_counter() - start
@@ -53,15 +62,20 @@ def time_all(runs: dict[str, Run], device: torch.device, seconds: float) -> dict
         if once < LONG:
             _wall_time(one_round, run, 1)
             once = max(_wall_time(one_round, run, 3) / 3, 1e-9)
-        warm[name] = once < LONG
+        warm[name] = once < LONG or name in before
         counts[name] = max(1, round(SHORTEST_ROUND / once))
         rounds = min(rounds, int(seconds / (counts[name] * once)))
     for _ in range(max(rounds, LEAST_ROUNDS)):
         for name in counts:
+            before.get(name, _nothing)()
             if warm[name]:
                 runs[name]()
             samples[name].append(one_round(runs[name], counts[name]) / counts[name])
     return {name: summary(values) for name, values in samples.items()}
+
+
+def _nothing() -> None:
+    pass
 
 
 def summary(seconds: list[float]) -> Time:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness import Check, Contender, Missing, optional
 from benchmarks.memory import bytes_of, training_bytes
-from benchmarks.whole_model import CLASSES, Problem, Weights
+from benchmarks.whole_model import CLASSES, Problem, Weights, memory_of
 from detr_fast import reference
 from detr_fast.config import Config
 from detr_fast.models.transformers_keys import from_transformers, to_transformers
@@ -102,6 +102,7 @@ def inference_contender(
         check=check,
         slow_start=slow_start,
         waits=True,
+        before=memory_of(device, fast=False),
         held=lambda: bytes_of([*theirs.model.parameters(), *theirs.model.buffers()]),
     )
 
@@ -159,5 +160,6 @@ def training_contender(
         check=check,
         slow_start=slow_start,
         waits=True,
+        before=memory_of(device, fast=False),
         held=lambda: training_bytes(theirs.model, optimizer),
     )

@@ -2,6 +2,7 @@
 """Whole trainings for the benchmarks: built from flags, as the command line builds them."""
 
 import contextlib
+import functools
 import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,12 +16,15 @@ from detr_fast.config import Config, configure
 from detr_fast.data.batch import ImageBatch
 from detr_fast.engine.backend import chosen_ops
 from detr_fast.engine.batch import Batch, model_input
+from detr_fast.engine.host_memory import KEPT, keep_freed_memory
 from detr_fast.engine.optim import training_mode
 from detr_fast.engine.train import Run
 from detr_fast.matcher.packing import Targets
 
 CLASSES = 4  # of the generated data, whose labels a run without a data set has
 UNSCALED = "_unscaled"
+# what glibc keeps by itself once it has seen the largest blocks that it reuses (mallopt(3))
+KEPT_BY_GLIBC = 64 << 20
 Sizes = list[tuple[int, int]]
 Weights = dict[str, Tensor]
 
@@ -187,8 +191,19 @@ def training_contender(
         checked=lambda: losses_and_gradients(fresh(flags | {"dropout": 0.0}), given),
         check=check,
         slow_start=flags.get("compile") == "on",
+        before=memory_of(device, fast=run.config.backend == "fast"),
         held=held,
     )
+
+
+def memory_of(device: torch.device, *, fast: bool) -> Callable[[], Any] | None:
+    """What sets how freed memory is kept: by us in our runs, else by glibc as it does alone.
+
+    That holds for a process, and without this the peers would have the gain of ours.
+    """
+    if device.type != "cpu":
+        return None
+    return functools.partial(keep_freed_memory, kept=KEPT if fast else KEPT_BY_GLIBC)
 
 
 def config_of(flags: dict[str, Any]) -> Config:

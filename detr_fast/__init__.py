@@ -2,6 +2,7 @@
 """DETR at the speed of the hardware."""
 
 from importlib.metadata import version
+from typing import Any
 
 from detr_fast import ops
 from detr_fast.criterion import SetCriterion
@@ -19,6 +20,7 @@ from detr_fast.ops import generalized_box_iou
 
 __version__ = version("detr-fast")
 __all__ = [
+    "Detector",
     "HungarianMatcher",
     "PostProcess",
     "SetCriterion",
@@ -31,3 +33,12 @@ __all__ = [
     "generalized_box_iou",
     "ops",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Detector`, which needs the packages of the extra ``train``, when it is asked for."""
+    if name == "Detector":
+        from detr_fast.predict import Detector
+
+        return Detector
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

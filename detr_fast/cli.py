@@ -21,6 +21,7 @@ from detr_fast.config import Config, UsageError, configure, output_dir
 from detr_fast.data.annotations import DatasetError
 from detr_fast.engine.build import stored_flags
 from detr_fast.engine.check import check_data
+from detr_fast.engine.dry_run import dry_run
 from detr_fast.engine.evaluate import evaluate_checkpoint
 from detr_fast.engine.log import say
 from detr_fast.engine.metrics import TrainingDivergedError
@@ -83,6 +84,9 @@ def _train_or_evaluate(config: Config, checkpoint: Checkpoint, _: dict[str, Any]
     if config.check_data:
         check_data(config)
         return 0
+    if config.dry_run:
+        dry_run(config, checkpoint)
+        return 0
     if checkpoint and config.eval:
         evaluate_checkpoint(config, checkpoint)
         return 0
@@ -90,8 +94,8 @@ def _train_or_evaluate(config: Config, checkpoint: Checkpoint, _: dict[str, Any]
 
 
 def _profile(config: Config, checkpoint: Checkpoint, options: dict[str, Any]) -> int:
-    if config.eval or config.check_data:
-        raise UsageError("--eval, --check_data: a profile is of training: leave them out")
+    if config.eval or config.check_data or config.dry_run:
+        raise UsageError("--eval, --check_data, --dry_run: leave them out of a profile")
     say(profile(config, checkpoint, Options(**options)).table())
     return 0
 
@@ -186,28 +190,10 @@ def predict(arguments: Sequence[str] | None = None, program: str = "predict.py")
     return _run_own("detr_fast.predict.command", program, arguments)
 
 
-def report(arguments: Sequence[str] | None = None, program: str = "report.py") -> int:
-    """Run ``tools/report.py``; return its exit code."""
-    return _run_own("detr_fast.engine.report.command", program, arguments)
-
-
-def export(arguments: Sequence[str] | None = None, program: str = "export.py") -> int:
-    """Run ``tools/export.py``; return its exit code."""
-    return _run_own("detr_fast.export.command", program, arguments)
-
-
-def convert(arguments: Sequence[str] | None = None, program: str = "convert_checkpoint.py") -> int:
-    """Run ``tools/convert_checkpoint.py``; return its exit code."""
-    return _run_own("detr_fast.convert", program, arguments)
-
-
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
-    "report": report,
-    "export": export,
-    "convert": convert,
     "profile": profile_step,
 }
 

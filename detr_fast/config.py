@@ -104,6 +104,7 @@ class Config:
     finetune: str = flag("", "checkpoint whose weights to start from, for other classes or queries: a file or an https address", "run")
     checkpoint_steps: int = flag(1000, "forward passes between two checkpoints within an epoch; 0: only after epochs", "run")
     keep_checkpoints: int = flag(2, "how many of the last checkpoints are kept", "run")
+    dry_run: bool = flag(False, "try data and memory with two steps on the largest batches and one validation batch, write nothing, and stop", "run")
     debug: bool = flag(False, "show the traceback of an error", "run")
     start_epoch: int = flag(0, "first epoch; --resume sets it", "run")
     print_freq: int = flag(10, "steps between two lines of the log", "run")
@@ -145,7 +146,8 @@ class Config:
             f"preset {self.dataset_file}: training {self.model or self.backbone} on {images}, "
             f"{self.epochs} epochs, batch size {self.batch_size}"
             + (f", from the weights of {self.finetune}" if self.finetune else "")
-            + (f", into {self.output_dir}" if self.output_dir else "")
+            + (", a dry run" if self.dry_run else "")
+            + (f", into {self.output_dir}" if self.output_dir and not self.dry_run else "")
         )
 
 
@@ -189,7 +191,16 @@ REFERENCE_FLAGS = {
 }
 _SPEED = [entry.name for entry in fields(Config) if entry.metadata["group"] == "speed"]
 # what belongs to a call, not to a run that goes on
-_OF_A_CALL = ("resume", "finetune", "start_epoch", "eval", "check_data", "debug", "device")
+_OF_A_CALL = (
+    "resume",
+    "finetune",
+    "start_epoch",
+    "eval",
+    "check_data",
+    "dry_run",
+    "debug",
+    "device",
+)
 # what an evaluation takes from the run; the rest is as the command line says
 _OF_THE_DATA = ("dataset_file", "image_size", "remove_difficult", *DATA_FLAGS)
 

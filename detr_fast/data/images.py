@@ -30,6 +30,7 @@ KINDS = {
 }
 _ORIENTATION = 0x0112  # EXIF tag
 _QUARTER_TURNS = (5, 6, 7, 8)  # its values that swap width and height
+_WHITE_OF_16_BITS = 65535
 _JPEG = ("JPEG", "MPO")  # MPO: several pictures, of which the first is read
 
 Result = TypeVar("Result")
@@ -67,6 +68,26 @@ def read_image(path: Path, size: Sequence[int]) -> Tensor:
     return _open(path, size, _pixels)
 
 
+def read_upright(path: Path) -> Tensor:
+    """Decode an image to RGB, turned and mirrored as its camera says (EXIF).
+
+    Args:
+        path (Path): any format that pillow reads
+
+    Returns:
+        Tensor[3, h, w]: uint8, as :func:`read_image` returns it.
+
+    Raises:
+        UnusableImage: the file is missing, broken or cut off.
+    """
+    return _open(path, (0, 0), lambda image, _: pixels_of(image))
+
+
+def pixels_of(image: Image) -> Tensor:
+    """The upright pixels of an image of pillow (uint8 Tensor[3, h, w])."""
+    return _pixels(image, image.getexif().get(_ORIENTATION, 1) != 1)
+
+
 def check_image(path: Path, size: Sequence[int]) -> None:
     """Raise what `read_image` would; a JPEG is decoded at an eighth of its size, for speed."""
 
@@ -99,12 +120,16 @@ def _open(path: Path, size: Sequence[int], decode: Callable[[Image, bool], Resul
 def _pixels(image: Image, turn: bool) -> Tensor:
     from PIL import ImageOps
 
-    if image.format in _JPEG:
+    if image.format in _JPEG and image.fp is not None:  # pillow closes the file once it has read it
         pixels = _decoded_jpeg(image, turn)
         if pixels is not None:
             return pixels
     if turn:
         image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, of which convert() would cut off what is above 255
+        grey = np.array(image).astype(np.int64).clip(0, _WHITE_OF_16_BITS)
+        grey = ((grey * 255 + _WHITE_OF_16_BITS // 2) // _WHITE_OF_16_BITS).astype(np.uint8)
+        return torch.from_numpy(grey).expand(3, -1, -1)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -123,7 +148,7 @@ def _decoded_jpeg(image: Image, turn: bool) -> Tensor | None:
     except RuntimeError:
         return None
     # pillow also knows of turns that are told elsewhere than in EXIF
-    expected = image.size if turn else image.size[::-1]
+    expected = image.size if turn and turned(image) else image.size[::-1]
     return pixels if pixels.shape[1:] == expected else None
 
 

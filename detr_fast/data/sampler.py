@@ -138,6 +138,13 @@ class BucketedBatches(ShuffledBatches):
         )
         return Padding(len(np.unique(shapes, axis=0)), waste, waste_at_random)
 
+    def largest(self) -> int:
+        """The number of the batch of the epoch that has the most pixels, those of all processes."""
+        order, seeds, generator = self._epoch_draws()
+        sizes = self._planned(order, seeds)
+        batches = self._batches(order, seeds, generator)
+        return int(round_up(sizes[batches].max(axis=1), self.multiple).prod(axis=1).argmax())
+
     def _planned(self, order: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return draw(seeds, self.sizes[order], self.short_side).size
 

@@ -2,11 +2,10 @@
 """Batches on their way to the device, made ready so that a step need not wait for it."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detr_fast.criterion import SetCriterion
@@ -86,25 +85,6 @@ class DeviceBatches:
 
     def _sent(self, batch: PackedBatch | None) -> PackedBatch | None:
         return None if batch is None else batch.to(self.device, non_blocking=True)
-
-
-def packed_targets(
-    targets: Sequence[Mapping[str, Tensor]], criterion: SetCriterion, device: torch.device
-) -> Targets:
-    """Pack the targets of a batch, and check them where that costs nothing: before they travel.
-
-    Args:
-        targets (Sequence[Mapping]): for each image ``"labels"`` (Tensor[n]) and ``"boxes"``
-            (Tensor[n, 4]), on the CPU.
-        criterion (SetCriterion): knows the classes.
-        device (torch.device): where they will go; for CUDA they are in page-locked memory.
-
-    Raises:
-        ValueError: if a label is out of range, a key is missing or a shape does not fit.
-    """
-    packed = Targets.from_list(targets)
-    criterion.check_labels(packed)
-    return packed.pin_memory() if device.type == "cuda" else packed
 
 
 def model_input(images: ImageBatch, dtype: torch.dtype) -> ImageBatch:

@@ -63,7 +63,18 @@ def evaluated_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def build_device(config: Config) -> torch.device:
     """The device of ``--device``; also seeds all random numbers and settles float32 arithmetic."""
-    name = config.device
+    device = find_device(config.device)
+    seed_everything(config.seed, deterministic=config.deterministic)
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name, which must be there; ``auto``: CUDA if there is one.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    asked = name
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -71,8 +82,7 @@ def build_device(config: Config) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {config.device}: {reason}; try --device cpu") from error
-    seed_everything(config.seed, deterministic=config.deterministic)
+        raise UsageError(f"--device {asked}: {reason}; try --device cpu") from error
     return device
 
 

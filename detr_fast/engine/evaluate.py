@@ -134,6 +134,29 @@ def per_class_lines(result: CocoResult, train_set: Dataset | None = None) -> Ite
         yield f"{name:>{width}}  {score['AP']:5.3f}  {score['AP50']:5.3f}{boxes}"
 
 
+class Evaluated(NamedTuple):
+    """A model from a checkpoint with the data that it is to be evaluated on."""
+
+    model: nn.Module
+    criterion: SetCriterion
+    batches: DeviceBatches
+    infer: InferenceStep
+
+    @classmethod
+    def of(cls, config: Config, checkpoint: dict[str, Any]) -> "Evaluated":
+        """What the flags and the content of the file of ``--resume`` ask for."""
+        device = build_device(config)
+        execution = Execution.of(config, device)
+        [dataset] = build_datasets(config, ("val",), checkpoint)
+        model = build_model(config, dataset.num_classes)
+        load_weights(model, evaluated_weights(checkpoint))
+        model.to(device)
+        criterion = build_criterion(config, dataset.num_classes).to(device)
+        loader = build_loader(dataset, config, device, shuffle=False)
+        batches = DeviceBatches(loader, criterion, device)
+        return cls(model, criterion, batches, execution.inference(model))
+
+
 def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluation:
     """Evaluate as the flags say; write ``eval.pth`` and ``detections.json`` where they ask for it.
 
@@ -141,23 +164,17 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         config (Config): the flags.
         checkpoint (dict): the content of the file of ``--resume``.
     """
-    device = build_device(config)
-    execution = Execution.of(config, device)
-    [dataset] = build_datasets(config, ("val",), checkpoint)
-    model = build_model(config, dataset.num_classes)
-    load_weights(model, evaluated_weights(checkpoint))
-    model.to(device)
-    criterion = build_criterion(config, dataset.num_classes).to(device)
+    model, criterion, batches, infer = Evaluated.of(config, checkpoint)
     with chosen_ops(config):
         evaluation = evaluate(
             model,
             criterion,
-            DeviceBatches(build_loader(dataset, config, device, shuffle=False), criterion, device),
-            infer=execution.inference(model),
+            batches,
+            infer=infer,
             evaluator=config.evaluator,
             print_freq=config.print_freq,
         )
-    say_unusable_images(dataset)
+    say_unusable_images(batches.loader.dataset)
     if config.per_class:
         say("\n".join(per_class_lines(evaluation.result)))
     if config.output_dir:

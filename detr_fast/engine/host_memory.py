@@ -7,11 +7,11 @@ import os
 # parameters of glibc's mallopt (malloc.h), and the largest threshold of mmap that it takes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST_MMAP_THRESHOLD = 32 << 20
-_KEPT = 1 << 30  # bytes that the end of the heap may keep
+KEPT = 1 << 30  # bytes that the end of the heap may keep
 _SET_BY_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
-def keep_freed_memory(library: ctypes.CDLL | None = None) -> bool:
+def keep_freed_memory(library: ctypes.CDLL | None = None, *, kept: int = KEPT) -> bool:
     """Have blocks of up to 32 MiB reused, and up to 1 GiB of free memory kept by this process.
 
     By default glibc gives the end of the heap back whenever it has as much free as two of the
@@ -21,6 +21,7 @@ def keep_freed_memory(library: ctypes.CDLL | None = None) -> bool:
 
     Args:
         library (ctypes.CDLL, optional): the C library; default: that of this process.
+        kept (int): bytes of free memory to keep.
 
     Returns:
         bool: whether it was set: the library is glibc and the user has set nothing else by an
@@ -35,6 +36,6 @@ def keep_freed_memory(library: ctypes.CDLL | None = None) -> bool:
         mallopt(parameter, value)
         for parameter, value in (
             (_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD),
-            (_TRIM_THRESHOLD, _KEPT),
+            (_TRIM_THRESHOLD, kept),
         )
     )

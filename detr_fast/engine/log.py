@@ -38,6 +38,12 @@ def say(line: str, stream: TextIO | None = None) -> None:
     stream.flush()
 
 
+def progress(items: Iterable[Item], total: int, title: str) -> Iterator[Item]:
+    """Go through items; where there is a terminal, with a bar that tells speed and time left."""
+    bar = _terminal_bar(sys.stdout)
+    yield from bar(items, total=total, desc=title) if bar else items
+
+
 def _terminal_bar(stream: TextIO) -> Any:
     """The class ``tqdm.tqdm``, or None where there is no terminal or no tqdm."""
     if not stream.isatty():

@@ -23,6 +23,13 @@ from detr_fast.ops.layers import unbind_layers
 
 PUBLISHED = "https://dl.fbaipublicfiles.com/detr/"
 PUBLISHED_CLASSES = 91
+# what facebookresearch/detr has published of the models below
+PUBLISHED_FILES = {
+    "detr_resnet50": "detr-r50-e632da11.pth",
+    "detr_resnet50_dc5": "detr-r50-dc5-f0fb7ef5.pth",
+    "detr_resnet101": "detr-r101-2c7b67e5.pth",
+    "detr_resnet101_dc5": "detr-r101-dc5-a2e86def.pth",
+}
 # the architectures of the factories below, and what the flag --model stands for
 MODELS = {
     "detr_resnet50": ModelConfig(),
@@ -244,7 +251,7 @@ def detr_resnet50(
         CheckpointError: if the published file cannot be had; says where to put it by hand.
     """
     config = replace(MODELS["detr_resnet50"], num_classes=num_classes)
-    return _published(config, "detr-r50-e632da11.pth", pretrained, return_postprocessor)
+    return _published(config, PUBLISHED_FILES["detr_resnet50"], pretrained, return_postprocessor)
 
 
 def detr_resnet50_dc5(
@@ -252,7 +259,9 @@ def detr_resnet50_dc5(
 ):
     """DETR-DC5 with a ResNet-50 (published: 43.3 AP); arguments as of :func:`detr_resnet50`."""
     config = replace(MODELS["detr_resnet50_dc5"], num_classes=num_classes)
-    return _published(config, "detr-r50-dc5-f0fb7ef5.pth", pretrained, return_postprocessor)
+    return _published(
+        config, PUBLISHED_FILES["detr_resnet50_dc5"], pretrained, return_postprocessor
+    )
 
 
 def detr_resnet101(
@@ -260,7 +269,7 @@ def detr_resnet101(
 ):
     """DETR with a ResNet-101 (published: 43.5 AP); arguments as of :func:`detr_resnet50`."""
     config = replace(MODELS["detr_resnet101"], num_classes=num_classes)
-    return _published(config, "detr-r101-2c7b67e5.pth", pretrained, return_postprocessor)
+    return _published(config, PUBLISHED_FILES["detr_resnet101"], pretrained, return_postprocessor)
 
 
 def detr_resnet101_dc5(
@@ -268,7 +277,9 @@ def detr_resnet101_dc5(
 ):
     """DETR-DC5 with a ResNet-101 (published: 44.9 AP); arguments as of :func:`detr_resnet50`."""
     config = replace(MODELS["detr_resnet101_dc5"], num_classes=num_classes)
-    return _published(config, "detr-r101-dc5-a2e86def.pth", pretrained, return_postprocessor)
+    return _published(
+        config, PUBLISHED_FILES["detr_resnet101_dc5"], pretrained, return_postprocessor
+    )
 
 
 def detr_tiny(num_classes: int | None = None, return_postprocessor: bool = False, **changes: Any):

@@ -101,3 +101,16 @@ def test_limits_are_plausible_and_measured_once():
     assert 0.1 < limits.copy_gb_s < 10_000
     assert 0.0001 < limits.matmul_tflop_s < 1000
     assert measured_limits(CPU, quick=True) is limits
+
+
+def test_rounds_begin_with_their_setting_and_a_call(clock):
+    """Also of calls that are long: their memory is still as the other contender had it."""
+    calls = []
+
+    def call(name):
+        calls.append(name)
+        clock.compute(2.0)
+
+    runs = {"a": lambda: call("a"), "b": lambda: call("b")}
+    time_all(runs, CPU, seconds=0, before={"a": lambda: calls.append("set")})
+    assert calls[-4 * LEAST_ROUNDS :] == ["set", "a", "a", "b"] * LEAST_ROUNDS

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from benchmarks import default_run, gpu_check
+from benchmarks import default_run, gpu_check, whole_model
 from benchmarks.bench_evaluation import generated
 from benchmarks.bench_train_step import BFLOAT16, FLOAT32
 from benchmarks.whole_model import OFF, REFERENCE, problem, random_weights, training_contender
@@ -108,3 +108,12 @@ def test_table_of_the_default_run_takes_whole_times_and_the_ratios_of_epochs():
 
 def test_long_parts_come_last():
     assert tuple(gpu_check.parts())[-3:] == gpu_check.LONG
+
+
+def test_peers_have_the_memory_of_a_process_without_us(monkeypatch):
+    settings = []
+    monkeypatch.setattr(whole_model, "keep_freed_memory", lambda *, kept: settings.append(kept))
+    for fast in (True, False):
+        whole_model.memory_of(torch.device("cpu"), fast=fast)()
+    assert settings == [1 << 30, 64 << 20]
+    assert whole_model.memory_of(torch.device("cuda"), fast=True) is None

@@ -12,10 +12,11 @@ from detr_fast.config import Config
 from detr_fast.criterion import loss_weights
 from detr_fast.data.batch import ImageBatch, collate
 from detr_fast.data.shapes import ShapesDetection
-from detr_fast.engine.batch import Batch, packed_targets
+from detr_fast.engine.batch import Batch
 from detr_fast.engine.optim import Learner
 from detr_fast.engine.precision import Precision
 from detr_fast.engine.step import TrainingStep
+from detr_fast.matcher.packing import Targets
 from detr_fast.ops import use_reference
 
 pytest.importorskip("scipy")
@@ -48,7 +49,7 @@ def losses(batches, seed, steps, dtype, *, reference=False, changed=0.0):
         for step in range(steps):
             images, targets = batches[step % BATCHES]
             small = ImageBatch(F.avg_pool2d(images.tensors, 2).to(dtype))
-            batch = Batch(small, packed_targets(targets, criterion, CPU), targets)
+            batch = Batch(small, Targets.from_list(targets), targets)
             totals.append(train(batch, step, steps)["loss"])
     return torch.stack(totals)
 

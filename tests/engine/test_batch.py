@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Targets are checked and page-locked before they travel."""
+"""Targets are checked before they travel."""
 
 import pytest
 import torch
 
 from detr_fast.criterion import SetCriterion
-from detr_fast.engine.batch import packed_targets
-from detr_fast.matcher.packing import Targets
+from detr_fast.data.batch import ImageBatch
+from detr_fast.engine.batch import DeviceBatches
 
 TARGETS = [
     {"labels": torch.tensor([0, 3]), "boxes": torch.rand(2, 4)},
@@ -18,14 +18,12 @@ def criterion_of(classes):
     return SetCriterion(classes, torch.nn.Identity(), {}, 0.1, [])
 
 
-def test_only_what_goes_to_a_gpu_is_page_locked(monkeypatch):
-    pinned = []
-    monkeypatch.setattr(Targets, "pin_memory", lambda self: pinned.append(self) or self)
-    packed_targets(TARGETS, criterion_of(5), torch.device("cpu"))
-    assert not pinned
-    packed = packed_targets(TARGETS, criterion_of(5), torch.device("cuda"))
-    assert pinned == [packed]
-    assert packed.count_host == (2, 1)
+def first_of(targets, classes):
+    images = ImageBatch(torch.zeros(len(targets), 3, 32, 32), None)
+    seen = {"orig_size": torch.tensor([32, 32]), "image_id": torch.tensor(7)}
+    loader = [(images, [target | seen for target in targets])]
+    batches = DeviceBatches(loader, criterion_of(classes), torch.device("cpu"))
+    return next(iter(batches)).targets
 
 
 @pytest.mark.parametrize(("label", "image"), [(5, 1), (-1, 0)])
@@ -33,9 +31,9 @@ def test_a_label_out_of_range_is_named(label, image):
     targets = [{**target, "labels": target["labels"].clone()} for target in TARGETS]
     targets[image]["labels"][-1] = label
     with pytest.raises(ValueError, match=rf"image {image}: label {label} is outside of \[0, 5\)"):
-        packed_targets(targets, criterion_of(5), torch.device("cpu"))
+        first_of(targets, 5)
 
 
 def test_images_without_boxes_pass():
     empty = [{"labels": torch.tensor([]), "boxes": torch.tensor([])}]
-    assert packed_targets(empty, criterion_of(1), torch.device("cpu")).count_host == (0,)
+    assert first_of(empty, 1).count_host == (0,)

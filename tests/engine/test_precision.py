@@ -12,11 +12,11 @@ from detr_fast import cli, ops
 from detr_fast.config import UsageError
 from detr_fast.data.batch import ImageBatch
 from detr_fast.engine import build, evaluate, precision, train
-from detr_fast.engine.batch import packed_targets
 from detr_fast.engine.loss_scale import LossScale
 from detr_fast.engine.optim import Learner
 from detr_fast.engine.precision import Precision
 from detr_fast.engine.step import TrainingStep
+from detr_fast.matcher.packing import Targets
 from detr_fast.models import ModelConfig
 from detr_fast.models.checkpoint import read_checkpoint
 from detr_fast.models.position_encoding import PositionEncodingSine
@@ -210,7 +210,7 @@ TARGETS = [
 def test_islands_of_float32(dtype):
     """Products are of 16 bits; what is not is seen operator by operator, backward pass and all."""
     step = step_in(dtype)
-    targets = packed_targets(TARGETS, step.criterion, CPU)
+    targets = Targets.from_list(TARGETS)
     heads = []
     for layer in step.learner.model.bbox_embed.layers:
         layer.register_forward_hook(lambda _, inputs, out: heads.append((inputs[0], out)))
@@ -240,7 +240,7 @@ def test_losses_of_bfloat16_are_those_of_its_outputs():
     step = step_in(BF16)
     outputs = []
     step.learner.model.register_forward_hook(lambda _, inputs, out: outputs.append(out))
-    targets = packed_targets(TARGETS, step.criterion, CPU)
+    targets = Targets.from_list(TARGETS)
     step.learner.begin(0, 1)
     values = step.forward_backward(random_batch((64, 96), (50, 33)), targets)
     with ops.use_reference():

@@ -161,7 +161,7 @@ def test_syncs_are_the_warnings_of_torch(monkeypatch):
         ("--trace /nowhere/at/all.json", "--trace /nowhere/at/all.json: there is no such folder"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--eval --resume x.pth", "x.pth: no such file"),
-        ("--check_data", "a profile is of training"),
+        ("--check_data", "leave them out of a profile"),
     ],
 )
 def test_mistakes_end_with_one_line(line, message, capsys):
