@@ -81,6 +81,8 @@ class Detector:
         self._infer = execution.inference(model)
         self._postprocess = PostProcess()
         self._resize = eval_transforms(image_size, "uint8")
+        # imports torchvision: threads that do so side by side may find half of it
+        self._resized(torch.zeros(3, 2, 2, dtype=torch.uint8))
 
     @classmethod
     def from_checkpoint(
@@ -127,7 +129,8 @@ class Detector:
             config = replace(config, dilation=dilation)
         flags = Config(device=device, amp=amp, compile=compile, cuda_graphs=cuda_graphs, eval=True)
         found = find_device(device)
-        model = build_detr(config, folded=True)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+            model = build_detr(config, folded=True)
         load_weights(model, evaluated_weights(content))
         return cls(
             model.to(found),

@@ -174,7 +174,7 @@ def _of_array(image: np.ndarray, name: str) -> Tensor:
         )
     if image.dtype != np.uint8:
         raise TypeError(f"image {name}: expected an array of uint8, got {image.dtype}")
-    channels = torch.from_numpy(np.ascontiguousarray(image[..., :3])).permute(2, 0, 1)
+    channels = torch.from_numpy(np.array(image[..., :3])).permute(2, 0, 1)
     return channels.expand(3, -1, -1)
 
 

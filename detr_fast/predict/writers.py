@@ -6,6 +6,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from detr_fast.predict.detector import Prediction
 from detr_fast.visualize.canvas import class_color
 
 COLUMNS = ("image", "label", "name", "score", "x0", "y0", "x1", "y1")
+READABLE, MOST_TIMES = 400, 8  # short side in pixels below which a picture is enlarged
 QUALITY = 92  # of JPEG
 GLOW = 0.65  # share of an attention map's colour where attention is highest
 
@@ -43,11 +45,10 @@ class Pictures:
             count += 1
             number = f"{name}_{count}"
         self._taken.add(str(number).lower())
-        found = prediction.detections
-        self._save(boxes_on(prediction.image, found), number)
+        image, found = enlarged(prediction.image, prediction.detections)
+        self._save(boxes_on(image, found), number)
         for place, weights in enumerate(found.data.get("attention", ())):
-            only = _one(found, place)
-            picture = boxes_on(glowing(prediction.image, weights), only)
+            picture = boxes_on(glowing(image, weights), _one(found, place))
             self._save(picture, f"{number}_attention{place}")
 
     def _save(self, image: Tensor, name: str) -> None:
@@ -64,6 +65,17 @@ def _one(found: Detections, place: int) -> Detections:
     return Detections(
         found.xyxy[some], found.confidence[some], found.class_id[some], data, found.size
     )
+
+
+def enlarged(image: Tensor, found: Detections) -> tuple[Tensor, Detections]:
+    """A small image, and its boxes, as many times as large as names can be read on it."""
+    height, width = image.shape[-2:]
+    times = min(max(READABLE // min(height, width), 1), MOST_TIMES)
+    if times == 1:
+        return image, found
+    image = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    size = (times * height, times * width)
+    return image, replace(found, xyxy=found.xyxy * times, size=size)
 
 
 def boxes_on(image: Tensor, found: Detections) -> Tensor:
