@@ -190,10 +190,16 @@ def predict(arguments: Sequence[str] | None = None, program: str = "predict.py")
     return _run_own("detr_fast.predict.command", program, arguments)
 
 
+def convert(arguments: Sequence[str] | None = None, program: str = "convert_checkpoint.py") -> int:
+    """Run ``tools/convert_checkpoint.py``; return its exit code."""
+    return _run_own("detr_fast.convert", program, arguments)
+
+
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "convert": convert,
     "profile": profile_step,
 }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from detr_fast import convert
 from detr_fast.cli import COMMANDS
 from detr_fast.command_line import parse
 from detr_fast.engine.profile import FLAGS
@@ -19,7 +20,14 @@ from tests.predict.conftest import checkpoint, scene  # noqa: F401
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TOOLS = {"train": "train", "eval": "eval", "predict": "predict", "profile_step": "profile"}
+TOOLS = {
+    "train": "train",
+    "eval": "eval",
+    "predict": "predict",
+    "convert_checkpoint": "convert",
+    "profile_step": "profile",
+}
+OWN_PARSERS = {"predict": predict_command, "convert": convert}
 
 
 def blocks(page, language):
@@ -42,8 +50,8 @@ def command_lines():
 @pytest.mark.parametrize(("page", "command", "words"), list(command_lines()))
 def test_command_lines_are_understood(page, command, words):
     assert command in COMMANDS
-    if command == "predict":
-        predict_command.parser("predict.py").parse_args(words)
+    if command in OWN_PARSERS:
+        OWN_PARSERS[command].parser(command).parse_args(words)
     else:
         if "--config" in words:  # the file is that of the YAML block, whose flags are tried below
             words = [w for w in words if w != "--config" and not w.endswith(".yaml")]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from detr_fast.models.checkpoint_entries import CheckpointError, validated
 from detr_fast.models.checksum import damaged_entries
 from detr_fast.models.model_config import ModelConfig
+from detr_fast.models.safetensors_file import read_safetensors
 
 SHOWN = 5  # keys named in full in a message
 FIELDS = {field.name for field in fields(ModelConfig)}
@@ -67,6 +68,11 @@ def _download(url: str) -> Path:
 def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file: check the path")
+    if path.suffix == ".safetensors":
+        try:
+            return validated(read_safetensors(path), str(path))
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -89,11 +95,6 @@ def _load(path: Path) -> dict[str, Any]:
 def _why_unreadable(path: Path, error: Exception) -> str:
     if isinstance(error, PermissionError):
         return "no permission to read the file"
-    if path.suffix == ".safetensors":
-        return (
-            f"torch cannot read it ({error}): read it with safetensors.torch.load_file and convert "
-            "it with detr_fast.models.transformers_keys.from_transformers"
-        )
     with path.open("rb") as file:
         start = file.read(40)
     if not start:
@@ -210,7 +211,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     if any(key.startswith("detr.") for key in state):
         problems.append("this is a panoptic model, whose heads are not in this version")
     elif any(key.startswith("model.") for key in state):
-        problems.append("for weights of transformers' DetrForObjectDetection use from_transformers")
+        problems.append("weights of transformers are converted by tools/convert_checkpoint.py")
     else:
         problems.append("build the model with the architecture of the checkpoint")
     raise CheckpointError("the weights do not fit the model: " + "; ".join(problems))

@@ -13,12 +13,13 @@ from detr_fast.config import configure
 from detr_fast.criterion import SetCriterion, weighted_losses
 from detr_fast.data.batch import pad_images
 from detr_fast.engine import build
-from detr_fast.engine.batch import Batch, packed_targets
+from detr_fast.engine.batch import Batch
 from detr_fast.engine.log import MetricLogger
 from detr_fast.engine.metrics import StepMetrics
 from detr_fast.engine.optim import Learner, training_mode
 from detr_fast.engine.precision import Precision
 from detr_fast.engine.step import TrainingStep
+from detr_fast.matcher.packing import Targets
 from detr_fast.models.detr import build_detr
 from tests.engine.sync_guard import WaitsForTheDeviceError, no_sync
 
@@ -67,7 +68,12 @@ class Training:
             self.images = type(self.images)(*(t.pin_memory() for t in self.images))
 
     def step(self):
-        self.submit(packed_targets(self.targets, self.criterion, self.device))
+        self.submit(self.packed())
+
+    def packed(self):
+        packed = Targets.from_list(self.targets)
+        self.criterion.check_labels(packed)
+        return packed.pin_memory() if self.device.type == "cuda" else packed
 
     def submit(self, packed):
         images, targets = (x.to(self.device, non_blocking=True) for x in (self.images, packed))
@@ -76,7 +82,7 @@ class Training:
         self.batch += 1
 
     def guarded_step(self):
-        packed = packed_targets(self.targets, self.criterion, self.device)
+        packed = self.packed()
         with no_sync() as calls:
             self.submit(packed)
         return calls

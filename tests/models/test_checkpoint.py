@@ -164,13 +164,6 @@ def test_missing_file_and_folder_are_named(tmp_path):
             read_checkpoint(path)
 
 
-def test_safetensors_file_names_its_reader(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"\x02\0\0\0\0\0\0\0{")
-    with pytest.raises(CheckpointError, match="from_transformers"):
-        read_checkpoint(path)
-
-
 def test_what_is_no_dict_is_named(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match=r"list\.pth: expected a dict .* found a list"):
@@ -310,7 +303,7 @@ def test_weights_that_do_not_fit_are_listed_and_not_loaded(model):
     ("state", "remedy"),
     [
         ({"detr.class_embed.weight": torch.zeros(1)}, "panoptic"),
-        ({"model.input_projection.bias": torch.zeros(1)}, "from_transformers"),
+        ({"model.input_projection.bias": torch.zeros(1)}, "tools/convert_checkpoint"),
         ({"model": 3}, "expected it under 'model'"),
         ({}, "missing"),
     ],
