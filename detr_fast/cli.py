@@ -195,11 +195,17 @@ def convert(arguments: Sequence[str] | None = None, program: str = "convert_chec
     return _run_own("detr_fast.convert", program, arguments)
 
 
+def export(arguments: Sequence[str] | None = None, program: str = "export.py") -> int:
+    """Run ``tools/export.py``; return its exit code."""
+    return _run_own("detr_fast.export.command", program, arguments)
+
+
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
     "convert": convert,
+    "export": export,
     "profile": profile_step,
 }
 

@@ -14,6 +14,7 @@ from detr_fast import convert
 from detr_fast.cli import COMMANDS
 from detr_fast.command_line import parse
 from detr_fast.engine.profile import FLAGS
+from detr_fast.export import command as export_command
 from detr_fast.predict import command as predict_command
 from tests.predict.conftest import checkpoint, scene  # noqa: F401
 
@@ -25,9 +26,10 @@ TOOLS = {
     "eval": "eval",
     "predict": "predict",
     "convert_checkpoint": "convert",
+    "export": "export",
     "profile_step": "profile",
 }
-OWN_PARSERS = {"predict": predict_command, "convert": convert}
+OWN_PARSERS = {"predict": predict_command, "convert": convert, "export": export_command}
 
 
 def blocks(page, language):
@@ -85,6 +87,11 @@ layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(logits, boxes)]
 outputs = layers[-1] | {"aux_outputs": layers[:-1]}
 one = {"labels": torch.tensor([3, 17]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]] * 2)}
 targets = detr_fast.Targets.from_list([one, one])
+""",
+    "export.md": """
+from detr_fast.cli import export
+for name in ("model.onnx", "model.pt2"):
+    assert export(["outputs/shapes/checkpoint.pth", name]) == 0
 """,
     "matcher.md": """
 import torch

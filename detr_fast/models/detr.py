@@ -171,9 +171,9 @@ def _as_batch(images: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         sizes = None
     _check_images(images, "images", ("B", "3", "H", "W"))
     if sizes is not None:
-        _check_form(sizes, "sizes", torch.int32, (len(images), 2))
+        _check_form(sizes, "sizes", torch.int32, (images.shape[0], 2))
     if mask is not None:
-        _check_form(mask, "mask", torch.bool, (len(images), *images.shape[2:]))
+        _check_form(mask, "mask", torch.bool, (images.shape[0], *images.shape[2:]))
     return images, sizes, mask
 
 

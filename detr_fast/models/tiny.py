@@ -71,7 +71,7 @@ class Coordinates(nn.Module):
             for cells in (height, width)
         )
         places = torch.stack([columns.expand(height, -1), rows[:, None].expand(-1, width)])
-        return torch.cat([x, places.expand(len(x), -1, -1, -1)], dim=1)
+        return torch.cat([x, places.expand(x.shape[0], -1, -1, -1)], dim=1)
 
 
 class ConvBackbone(nn.Module):

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
         self, memory: Tensor, position: Tensor, padding: Padding | None, queries: Tensor
     ) -> list[Tensor]:
         """Return the state of the queries behind every layer, not normalised."""
-        x = torch.zeros_like(queries).expand(len(memory), -1, -1)
+        x = torch.zeros_like(queries).expand(memory.shape[0], -1, -1)
         looking = [layer.multihead_attn for layer in self.layers]
         memories = looking[0].memories(looking, memory, position, self.kept)
         states = []
