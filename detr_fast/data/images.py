@@ -129,7 +129,7 @@ def _pixels(image: Image, turn: bool) -> Tensor:
     if image.mode.startswith("I"):  # 16 bits, of which convert() would cut off what is above 255
         grey = np.array(image).astype(np.int64).clip(0, _WHITE_OF_16_BITS)
         grey = ((grey * 255 + _WHITE_OF_16_BITS // 2) // _WHITE_OF_16_BITS).astype(np.uint8)
-        return torch.from_numpy(grey).expand(3, -1, -1)
+        return torch.from_numpy(np.repeat(grey[..., None], 3, axis=2)).permute(2, 0, 1)
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 

@@ -30,7 +30,9 @@ def encoded(mode, suffix, **options):
     file = io.BytesIO()
     image = photo() if mode == "RGBA" else photo().convert("RGB")
     if mode == "I;16":
-        image = Image.fromarray(np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH))
+        image = Image.fromarray(
+            (33 * np.arange(HEIGHT * WIDTH, dtype=np.uint16)).reshape(HEIGHT, WIDTH)
+        )
     elif mode == "P":
         image = image.quantize(20)
     else:
@@ -45,6 +47,8 @@ def pixels_of(image):
 
 def pillow(content, turn=False):
     image = Image.open(io.BytesIO(content))
+    if image.mode == "I;16":  # which convert() would cut off at 255
+        image = Image.fromarray((np.array(image) / 257).round().astype(np.uint8))
     return pixels_of(ImageOps.exif_transpose(image) if turn else image)
 
 

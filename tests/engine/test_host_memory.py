@@ -63,11 +63,16 @@ def test_what_the_user_has_set_stays(monkeypatch, name):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc")
 def test_steps_get_their_memory_again():
-    """Without it the 32 MiB of each step come anew: thousands of faults each."""
+    """Without it the 32 MiB of each step come anew: thousands of faults each.
+
+    But where by chance something small was put behind them in the heap, which then cannot shrink:
+    so the most of several processes counts.
+    """
     faults = {}
     for keep in (False, True):
         code = [sys.executable, "-c", FAULTS.format(keep=keep)]
-        faults[keep] = int(subprocess.run(code, capture_output=True, check=True).stdout)
+        runs = (subprocess.run(code, capture_output=True, check=True) for _ in range(3))
+        faults[keep] = max(int(run.stdout) for run in runs)
     page = resource.getpagesize()
     assert faults[True] < 0.01 * 10 * (8 << 22) / page
     assert faults[False] > 10 * faults[True] + 100
