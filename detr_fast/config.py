@@ -17,6 +17,7 @@ from detr_fast.models.detr import MODELS
 from detr_fast.models.model_config import BACKBONES, POSITION_EMBEDDINGS, ModelConfig
 from detr_fast.models.position_encoding import PositionEncodingLearned
 
+LOGGERS = ("tensorboard", "wandb", "mlflow")
 PANOPTIC = "panoptic heads are not in this version of detr_fast"
 
 
@@ -105,6 +106,7 @@ class Config:
     checkpoint_steps: int = flag(1000, "forward passes between two checkpoints within an epoch; 0: only after epochs", "run")
     keep_checkpoints: int = flag(2, "how many of the last checkpoints are kept", "run")
     dry_run: bool = flag(False, "try data and memory with two steps on the largest batches and one validation batch, write nothing, and stop", "run")
+    loggers: str = flag("", "send curves and pictures elsewhere, too: tensorboard, wandb, mlflow, with commas between", "run")
     debug: bool = flag(False, "show the traceback of an error", "run")
     start_epoch: int = flag(0, "first epoch; --resume sets it", "run")
     print_freq: int = flag(10, "steps between two lines of the log", "run")
@@ -128,6 +130,11 @@ class Config:
         return (
             round(self.lr_drop) if self.lr_drop >= 1 else max(1, round(self.lr_drop * self.epochs))
         )
+
+    @property
+    def logger_names(self) -> list[str]:
+        """The names in ``--loggers``, each once."""
+        return list(dict.fromkeys(n.strip() for n in self.loggers.split(",") if n.strip()))
 
     def data(self) -> str:
         """The data in few words."""
@@ -318,6 +325,10 @@ def _check(config: Config) -> None:
             raise UsageError(f"--{name}: expected at least {bound}, got {getattr(config, name)}")
     if config.ema_decay >= 1:
         raise UsageError(f"--ema_decay: expected less than 1, got {config.ema_decay}")
+    if wrong := set(config.logger_names) - set(LOGGERS):
+        raise UsageError(
+            f"--loggers: expected of {', '.join(LOGGERS)}, got {', '.join(sorted(wrong))}"
+        )
     if config.seed >= 2**32:
         raise UsageError(f"--seed: expected less than 2**32, got {config.seed}")
     if not config.lr_drop:

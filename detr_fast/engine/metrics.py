@@ -3,7 +3,7 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -121,6 +121,7 @@ class StepMetrics:
         epoch (int): its number, for messages.
         lateness (int): 0 reads with each line what there is; see `lateness_on`.
         skipped (int): updates skipped in the first part of this epoch, before `--resume`.
+        tell (Callable, optional): called with the number of each batch and its finite metrics.
 
     Attributes:
         skipped (int): updates of this epoch that were skipped, as far as they are read; for any
@@ -135,7 +136,9 @@ class StepMetrics:
         epoch: int = 0,
         lateness: int = 0,
         skipped: int = 0,
+        tell: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
+        self._tell = tell
         self.log, self.watch, self.epoch = log, watch or DivergenceWatch(), epoch
         self.lateness, self.skipped = lateness, skipped
         self._steps: list[_Step] = []
@@ -192,6 +195,8 @@ class StepMetrics:
         self._window.append((step, {} if math.isfinite(values["loss"]) else not_finite(values)))
         if not skipped and math.isfinite(values["loss"]):
             self.log.update(**values)
+            if self._tell is not None:
+                self._tell(step.batch, values)
         if skipped is None:  # its gradient waits for a later batch (--accumulate_steps)
             return
         # of several batches those that spoilt the update, or all where none did alone

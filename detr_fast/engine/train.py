@@ -3,7 +3,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
@@ -26,6 +26,7 @@ from detr_fast.engine.datasets import build_datasets, say_unusable_images
 from detr_fast.engine.diagnose import why_no_ap
 from detr_fast.engine.evaluate import evaluate, per_class_lines
 from detr_fast.engine.log import MetricLogger, SmoothedValue, say
+from detr_fast.engine.loggers import Loggers
 from detr_fast.engine.metrics import DivergenceWatch, StepMetrics, lateness_on
 from detr_fast.engine.optim import freeze, training_mode
 from detr_fast.engine.output import OutputFolder
@@ -166,6 +167,12 @@ class Run:
                     "weights with --finetune"
                 ) from error
         self.output = OutputFolder(config.output_dir, self.progress.epoch, config.keep_checkpoints)
+        self.loggers = Loggers(
+            config.logger_names,
+            self.output.path,
+            asdict(config),
+            self.progress.epoch * len(self.train_batches) + self.progress.batch,
+        )
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.stop = StopRequest()
         self.watch = DivergenceWatch(config.max_skipped_steps)
@@ -195,6 +202,7 @@ class Run:
             epoch=epoch,
             lateness=lateness_on(self.device),
             skipped=self.progress.skipped,
+            tell=self.tell,
         )
 
         def save(batches: int) -> None:
@@ -223,6 +231,23 @@ class Run:
         if done > self.progress.batch:
             save(done)
         return log
+
+    def tell(self, batch: int, values: Mapping[str, float]) -> None:
+        """Send the losses of a batch to the loggers, as often as the log has a line."""
+        if batch % self.config.print_freq == 0:
+            step = self.progress.epoch * len(self.train_batches) + batch
+            self.loggers.scalars({f"step/{name}": v for name, v in values.items()}, step)
+
+    def send(self, record: Mapping[str, Any]) -> None:
+        """Send what an epoch leaves to the loggers."""
+        # its last one: what counts as done at the next start is not taken back
+        step = (record["epoch"] + 1) * len(self.train_batches) - 1
+        numbers = {name: v for name, v in record.items() if isinstance(v, int | float)}
+        stats = zip(("AP", "AP50", "AP75"), record["test_coco_eval_bbox"][:3], strict=True)
+        self.loggers.scalars(numbers | {f"test_{name}": value for name, value in stats}, step)
+        if self.output.path:
+            for name in ("curves", "detections"):
+                self.loggers.picture(name, self.output.path / f"{name}.png", step)
 
     def finish_epoch(self, log: MetricLogger) -> None:
         """Evaluate, and leave pictures, log and checkpoint of the epoch.
@@ -256,6 +281,7 @@ class Run:
         self.output.write_evaluation(epoch, evaluation)
         self.output.draw(self.val_set, evaluation)
         self.output.write_log(record)
+        self.send(record)
         ap = evaluation.result.stats[0]
         copies = [f"{epoch:04}"] if is_milestone(epoch, config.lr_drop_epoch) else []
         if ap > self.progress.best_ap:
@@ -286,17 +312,20 @@ class Run:
                 f"--epochs {config.epochs} (a share is fine, too: --lr_drop 0.67)"
             )
         began = time.perf_counter()
-        with self.stop.listening() as stop:
-            while self.progress.epoch < config.epochs and not stop.signal:
-                if self.out_of_patience():
-                    say(
-                        f"stopped early: no AP above {self.progress.best_ap:.3f} (epoch "
-                        f"{self.progress.best_epoch}) for {config.patience} epochs"
-                    )
-                    break
-                log = self.train_epoch()
-                if not stop.signal:
-                    self.finish_epoch(log)
+        try:
+            with self.stop.listening() as stop:
+                while self.progress.epoch < config.epochs and not stop.signal:
+                    if self.out_of_patience():
+                        say(
+                            f"stopped early: no AP above {self.progress.best_ap:.3f} (epoch "
+                            f"{self.progress.best_epoch}) for {config.patience} epochs"
+                        )
+                        break
+                    log = self.train_epoch()
+                    if not stop.signal:
+                        self.finish_epoch(log)
+        finally:
+            self.loggers.close()
         say_unusable_images(self.train_set, self.val_set)
         say(f"Training time {timedelta(seconds=int(time.perf_counter() - began))}")
         path = self.output.path
