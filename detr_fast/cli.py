@@ -29,6 +29,7 @@ from detr_fast.engine.profile import FLAGS, Options, profile
 from detr_fast.engine.resume import newest_checkpoint
 from detr_fast.engine.train import fit
 from detr_fast.models.checkpoint import CheckpointError, read_checkpoint
+from detr_fast.report import command as reports
 
 # what a user can mend; OSError: a folder that cannot be written, a full disk
 MISTAKES = (
@@ -200,12 +201,26 @@ def export(arguments: Sequence[str] | None = None, program: str = "export.py") -
     return _run_own("detr_fast.export.command", program, arguments)
 
 
+def report(arguments: Sequence[str] | None = None, program: str = "report.py") -> int:
+    """Run ``tools/report.py``; return its exit code."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> int:
+        given = parse(program, reports.DESCRIPTION, line, reports.FLAGS)
+        options = {name: given.pop(name) for name in reports.FLAGS if name in given}
+        reports.report(given, reports.Options(**options))
+        return 0
+
+    return _ends_well(run, debug="--debug" in line)
+
+
 COMMANDS = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
     "convert": convert,
     "export": export,
+    "report": report,
     "profile": profile_step,
 }
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from detr_fast.atomic_file import write_whole
 from detr_fast.command_line import Parser
 from detr_fast.config import UsageError
 from detr_fast.engine.build import class_names_of, evaluated_weights
@@ -22,7 +23,7 @@ from detr_fast.models.checkpoint import (
     write_checkpoint,
 )
 from detr_fast.models.model_config import ModelConfig
-from detr_fast.models.safetensors_file import write_safetensors, write_whole
+from detr_fast.models.safetensors_file import write_safetensors
 from detr_fast.models.transformers_keys import from_transformers, to_transformers
 from detr_fast.reference.image import IMAGENET_MEAN, IMAGENET_STD
 

@@ -16,6 +16,7 @@ from detr_fast.command_line import parse
 from detr_fast.engine.profile import FLAGS
 from detr_fast.export import command as export_command
 from detr_fast.predict import command as predict_command
+from detr_fast.report import command as report_command
 from tests.predict.conftest import checkpoint, scene  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +28,7 @@ TOOLS = {
     "predict": "predict",
     "convert_checkpoint": "convert",
     "export": "export",
+    "report": "report",
     "profile_step": "profile",
 }
 OWN_PARSERS = {"predict": predict_command, "convert": convert, "export": export_command}
@@ -57,7 +59,8 @@ def test_command_lines_are_understood(page, command, words):
     else:
         if "--config" in words:  # the file is that of the YAML block, whose flags are tried below
             words = [w for w in words if w != "--config" and not w.endswith(".yaml")]
-        parse(command, "", words, FLAGS if command == "profile" else {})
+        more = {"profile": FLAGS, "report": report_command.FLAGS}
+        parse(command, "", words, more.get(command, {}))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "yaml")], ids=lambda p: p.name)

@@ -156,6 +156,20 @@ class Evaluated(NamedTuple):
         batches = DeviceBatches(loader, criterion, device)
         return cls(model, criterion, batches, execution.inference(model))
 
+    def score(self, config: Config) -> Evaluation:
+        """Evaluate as the flags say, and say which images could not be used."""
+        with chosen_ops(config):
+            evaluation = evaluate(
+                self.model,
+                self.criterion,
+                self.batches,
+                infer=self.infer,
+                evaluator=config.evaluator,
+                print_freq=config.print_freq,
+            )
+        say_unusable_images(self.batches.loader.dataset)
+        return evaluation
+
 
 def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluation:
     """Evaluate as the flags say; write ``eval.pth`` and ``detections.json`` where they ask for it.
@@ -164,17 +178,7 @@ def evaluate_checkpoint(config: Config, checkpoint: dict[str, Any]) -> Evaluatio
         config (Config): the flags.
         checkpoint (dict): the content of the file of ``--resume``.
     """
-    model, criterion, batches, infer = Evaluated.of(config, checkpoint)
-    with chosen_ops(config):
-        evaluation = evaluate(
-            model,
-            criterion,
-            batches,
-            infer=infer,
-            evaluator=config.evaluator,
-            print_freq=config.print_freq,
-        )
-    say_unusable_images(batches.loader.dataset)
+    evaluation = Evaluated.of(config, checkpoint).score(config)
     if config.per_class:
         say("\n".join(per_class_lines(evaluation.result)))
     if config.output_dir:

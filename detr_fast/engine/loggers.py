@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from detr_fast.atomic_file import write_whole
 from detr_fast.config import UsageError
 from detr_fast.engine.log import say
-from detr_fast.models.safetensors_file import write_whole
 
 PROJECT = "detr_fast"
 IDS = "loggers.json"  # of the runs in the output folder, so that --resume goes on with them

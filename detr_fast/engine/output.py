@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves in its output folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from detr_fast.config import UsageError
@@ -76,15 +78,7 @@ class OutputFolder:
         """Draw the detections of the first images, with the annotated boxes, in one picture."""
         if not self.path:
             return
-        indices = [dataset.index_of(image_id) for image_id in evaluation.samples]
-        pictures = [dataset.load_image(index) for index in indices]
-        targets = []
-        for index, picture in zip(indices, pictures, strict=True):
-            target = dataset[index][1]
-            height, width = picture.shape[-2:]
-            boxes = box_cxcywh_to_xyxy(target["boxes"])
-            boxes *= torch.tensor([width, height, width, height])
-            targets.append({"labels": target["labels"], "boxes": boxes})
+        pictures, targets = annotated_pictures(dataset, list(evaluation.samples))
         draw_detections(
             pictures,
             list(evaluation.samples.values()),
@@ -92,3 +86,26 @@ class OutputFolder:
             self.path / "detections.png",
             targets=targets,
         )
+
+
+def annotated_pictures(
+    dataset: Dataset, image_ids: Sequence[int]
+) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images of a data set to draw on, with what is annotated there.
+
+    Args:
+        dataset (Dataset): without random transforms.
+        image_ids (list[int]): of its images.
+
+    Returns:
+        tuple: images (uint8 Tensor[3, H, W]), and of each image a dict with labels (int64[T]) and
+        boxes (Tensor[T, 4]), corners in pixels of the image.
+    """
+    pictures, targets = [], []
+    for index in map(dataset.index_of, image_ids):
+        picture, target = dataset.load_image(index), dataset[index][1]
+        height, width = picture.shape[-2:]
+        boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
+        pictures.append(picture)
+        targets.append({"labels": target["labels"], "boxes": boxes})
+    return pictures, targets

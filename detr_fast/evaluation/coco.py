@@ -249,7 +249,8 @@ def _pack(image_id: int, found: Mapping[str, Tensor]) -> Tensor:
     return torch.cat((corners[:, :2], extent, scores[:, None], labels[:, None]), 1).to(dtype)
 
 
-def _run_hotcoco(truth: CocoAnnotations, image_ids: list[int], rows: np.ndarray) -> Any:
+def hotcoco_eval(truth: CocoAnnotations, image_ids: list[int], rows: np.ndarray) -> Any:
+    """hotcoco's ``COCOeval`` of these images and detections (`CocoResult.rows`), not yet run."""
     import hotcoco
 
     ground_truth = hotcoco.COCO.from_arrays(
@@ -262,7 +263,13 @@ def _run_hotcoco(truth: CocoAnnotations, image_ids: list[int], rows: np.ndarray)
         area=truth.areas,
         iscrowd=truth.crowds,
     )
-    return _score(hotcoco.COCOeval(ground_truth, ground_truth.load_res(rows), "bbox"), image_ids)
+    run = hotcoco.COCOeval(ground_truth, ground_truth.load_res(rows), "bbox")
+    run.params.imgIds = image_ids
+    return run
+
+
+def _run_hotcoco(truth: CocoAnnotations, image_ids: list[int], rows: np.ndarray) -> Any:
+    return _score(hotcoco_eval(truth, image_ids, rows))
 
 
 def _run_pycocotools(truth: CocoAnnotations, image_ids: list[int], rows: np.ndarray) -> Any:
@@ -275,12 +282,13 @@ def _run_pycocotools(truth: CocoAnnotations, image_ids: list[int], rows: np.ndar
         ground_truth.createIndex()
         if len(rows):  # loadRes looks at the first detection
             found = ground_truth.loadRes(rows)
-    return _score(COCOeval(ground_truth, found, "bbox"), image_ids)
-
-
-def _score(run: Any, image_ids: list[int]) -> Any:
-    """Runs a COCOeval of either package over the images; it then holds stats, eval and params."""
+    run = COCOeval(ground_truth, found, "bbox")
     run.params.imgIds = image_ids
+    return _score(run)
+
+
+def _score(run: Any) -> Any:
+    """Runs a COCOeval of either package; it then holds stats, eval and params."""
     with _quiet():
         run.evaluate()
         run.accumulate()

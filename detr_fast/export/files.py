@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from detr_fast.atomic_file import write_whole
 from detr_fast.config import UsageError
 from detr_fast.export.program import OUTPUTS
-from detr_fast.models.safetensors_file import write_whole
 
 ENTRY = "detr_fast"  # of a file's metadata: JSON
 OPSET = 18

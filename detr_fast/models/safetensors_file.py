@@ -2,12 +2,13 @@
 """Weights in a safetensors file, with what a checkpoint says beside them in its metadata."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from detr_fast.atomic_file import write_whole
 
 ENTRY = "detr_fast"  # of the metadata: JSON of the entries beside the weights
 BESIDE = ("model_config", "class_names", "category_ids")
@@ -73,16 +74,3 @@ def write_safetensors(
         metadata[ENTRY] = json.dumps(kept)
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_whole(path, save(tensors, metadata or None))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that the old one or the new one is there, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

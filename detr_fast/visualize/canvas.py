@@ -4,11 +4,16 @@
 from __future__ import annotations
 
 import colorsys
+import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from detr_fast.atomic_file import write_whole
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Color = tuple[float, float, float]
@@ -19,6 +24,7 @@ INK, PALE = "#222222", "#8a8a8a"
 
 # the hues that Okabe and Ito (2008) chose so that colour-blind eyes tell them apart, without black
 HUES = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
+RUN_COLORS = [HUES[i] for i in (4, 5, 2, 6, 0, 1)] + ["#000000"]
 
 
 def class_color(label: int) -> Color:
@@ -56,21 +62,63 @@ def blank_figure(width: int, height: int) -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG that is complete whenever it is there under its name.
+def panel(figure: Figure, place: tuple[int, int, int], title: str, x: str, y: str) -> Axes:
+    """Axes with a title and the names of both directions.
 
-    Six bits per channel: photographs shrink by a third, and no eye sees it.
+    Args:
+        figure (Figure): gets them.
+        place (tuple[int, int, int]): rows and columns of the figure, and the number from 1 on.
+        title (str), x (str), y (str): the texts.
+    """
+    axes = figure.add_subplot(*place)
+    axes.set_title(title, loc="left", fontweight="bold", fontsize=12)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def run_color(index: int) -> str:
+    """The colour of a run among several."""
+    return RUN_COLORS[index % len(RUN_COLORS)]
+
+
+def readable(name: str, length: int = 40) -> str:
+    """A name cut to a readable length and safe from matplotlib's markup."""
+    name = name if len(name) <= length else "\N{HORIZONTAL ELLIPSIS}" + name[1 - length :]
+    return "\N{HAIR SPACE}" + name.replace("$", r"\$")  # a leading _ would hide it in a legend
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Short names of runs by their folders: the last part, or the whole path if two are alike."""
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def encoded(figure: Figure, kind: str = "PNG") -> bytes:
+    """The figure as a file.
+
+    Args:
+        figure (Figure): what to draw.
+        kind (str): ``"PNG"``, with six bits per channel (photographs shrink by a third, and no eye
+            sees it), or ``"JPEG"``.
     """
     import numpy as np
     from PIL import Image
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.canvas.draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        Image.fromarray(pixels & 0xFC | pixels >> 6).save(part, format="PNG")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if kind == "PNG":
+        pixels = pixels & 0xFC | pixels >> 6
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, format=kind, quality=88)
+    return file.getvalue()
+
+
+def save_png(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG that is complete whenever it is there under its name."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, encoded(figure))

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detr_fast.engine.log import read_log
-from detr_fast.visualize.canvas import HUES, INK, PALE, WIDTH, blank_figure, save_png
+from detr_fast.visualize.canvas import (
+    INK,
+    PALE,
+    WIDTH,
+    blank_figure,
+    panel,
+    readable,
+    run_color,
+    run_names,
+    save_png,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,12 +46,17 @@ def training_curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> F
     figure = blank_figure(WIDTH, 760)
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     several, best = len(runs) > 1, {}
-    panels = [_panel(figure, i, *texts) for i, texts in enumerate(_PANELS)]
+    panels = [
+        panel(figure, (2, 2, i), title, "epoch", unit)
+        for i, (title, unit) in enumerate(_PANELS, start=1)
+    ]
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     for index, (name, records) in enumerate(runs.items()):
         by_epoch = {int(record["epoch"]): record for record in records if "epoch" in record}
         if not by_epoch:
             raise ValueError(f"the log of {name} has no epoch: train one first")
-        for panel, row, key, place, label in _SERIES:
+        for number, row, key, place, label in _SERIES:
             points = [
                 (epoch, y)
                 for epoch, record in sorted(by_epoch.items())
@@ -51,9 +66,9 @@ def training_curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> F
                 continue
             if key == "test_coco_eval_bbox" and not row:
                 best[name] = max(points, key=lambda point: point[1])
-            panels[panel].plot(
+            panels[number].plot(
                 *zip(*points, strict=True),
-                color=_RUN_COLORS[(index if several else row) % len(_RUN_COLORS)],
+                color=run_color(index if several else row),
                 linestyle=("-", "--")[row],
                 markersize=4,
                 linewidth=1.8,
@@ -63,7 +78,6 @@ def training_curves_figure(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> F
     return figure
 
 
-_RUN_COLORS = [HUES[i] for i in (4, 5, 2, 6, 0, 1)] + ["#000000"]
 _PANELS = (  # title, unit
     ("Loss", "weighted sum of its terms"),
     ("Class error of the matched queries", "%"),
@@ -89,51 +103,38 @@ def _number(record: Mapping[str, Any], key: str, place: int | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _panel(figure: Figure, index: int, title: str, unit: str) -> Axes:
-    panel = figure.add_subplot(2, 2, index + 1)
-    panel.set_title(title, loc="left", fontweight="bold", fontsize=12)
-    panel.set_xlabel("epoch")
-    panel.set_ylabel(unit)
-    panel.grid(color="#e4e4e4", linewidth=0.8)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    return panel
-
-
 def _explain(
     figure: Figure, panels: list[Axes], names: list[str], best: dict[str, tuple[int, float]]
 ) -> None:
     """Scale the axes and say what the lines are."""
     from matplotlib.lines import Line2D
 
-    lines = [line for panel in panels for line in panel.lines]
+    lines = [line for axes in panels for line in axes.lines]
     epochs = [epoch for line in lines for epoch in line.get_xdata()] or [0]
     pad = max(0.5, 0.03 * (max(epochs) - min(epochs)))
     sparse = all(len(line.get_xdata()) <= 25 for line in lines)
     for line in lines:
         line.set_marker("o" if sparse else "")
-    for panel in panels:
-        panel.set_xlim(min(epochs) - pad, max(epochs) + pad)
-        if not panel.lines:
-            panel.text(0.5, 0.5, "not logged", transform=panel.transAxes, ha="center", color=PALE)
+    for axes in panels:
+        axes.set_xlim(min(epochs) - pad, max(epochs) + pad)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", color=PALE)
             continue
-        if panel is panels[-1]:
-            _scale_rates(panel)
+        if axes is panels[-1]:
+            _scale_rates(axes)
             continue
-        heights = [y for line in panel.lines for y in line.get_ydata()]
-        panel.set_ylim(min(0, *heights), max(*heights, 1e-3) * 1.08)
-        series = {line.get_label(): line for line in panel.lines}
+        heights = [y for line in axes.lines for y in line.get_ydata()]
+        axes.set_ylim(min(0, *heights), max(*heights, 1e-3) * 1.08)
+        series = {line.get_label(): line for line in axes.lines}
         if len(names) > 1:
             series = {
                 label: Line2D([], [], color=INK, linestyle=line.get_linestyle())
                 for label, line in series.items()
             }
-        panel.legend(series.values(), series.keys(), framealpha=0.85, fontsize=9)
+        axes.legend(series.values(), series.keys(), framealpha=0.85, fontsize=9)
     titles = [_title(name, best.get(name)) for name in names]
     if len(names) > 1:
-        samples = [
-            Line2D([], [], color=_RUN_COLORS[i % len(_RUN_COLORS)]) for i in range(len(names))
-        ]
+        samples = [Line2D([], [], color=run_color(i)) for i in range(len(names))]
         figure.legend(
             samples, titles, loc="outside upper left", ncols=2, frameon=False, fontsize=10
         )
@@ -141,22 +142,21 @@ def _explain(
         figure.suptitle(titles[0], x=0.01, ha="left", fontsize=13, color=INK)
 
 
-def _scale_rates(panel: Axes) -> None:
+def _scale_rates(axes: Axes) -> None:
     """A logarithmic axis with the ticks 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-    rates = [y for line in panel.lines for y in line.get_ydata() if y > 0] or [1.0]
-    panel.set_yscale("log")
-    panel.set_ylim(min(rates) / 2, max(rates) * 2)
-    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-    panel.yaxis.set_minor_locator(NullLocator())
+    rates = [y for line in axes.lines for y in line.get_ydata() if y > 0] or [1.0]
+    axes.set_yscale("log")
+    axes.set_ylim(min(rates) / 2, max(rates) * 2)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _title(name: str, best: tuple[int, float] | None) -> str:
-    """The name of a run, cut to a readable length and safe from matplotlib's markup."""
-    title = name if len(name) <= 40 else "\N{HORIZONTAL ELLIPSIS}" + name[-39:]
-    title = "\N{HAIR SPACE}" + title.replace("$", r"\$")  # a leading _ would hide it in a legend
+    """The name of a run and its best AP."""
+    title = readable(name)
     return title if best is None else f"{title}: best AP {best[1]:.3f} in epoch {best[0]}"
 
 
@@ -170,9 +170,7 @@ def plot_training_curves(
     """
     files = [log_files] if isinstance(log_files, (str, os.PathLike)) else log_files
     paths = [Path(file).resolve() for file in files]
-    names = [path.parent.name if path.name == "log.txt" else path.stem for path in paths]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in paths]
+    names = run_names([p.parent if p.name == "log.txt" else p.with_suffix("") for p in paths])
     figure = training_curves_figure(
         {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     )

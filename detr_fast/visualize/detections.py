@@ -49,13 +49,27 @@ def draw_detections(
     detections: Sequence[Mapping[str, Tensor]],
     class_names: Mapping[int, str],
     output_png: str | os.PathLike[str],
+    **options: Any,
+) -> None:
+    """Draw images with their detections, to a PNG.
+
+    Args and errors are those of `detections_figure`, with the file in the fourth place.
+    """
+    save_png(detections_figure(images, detections, class_names, **options), output_png)
+
+
+def detections_figure(
+    images: Sequence[Tensor],
+    detections: Sequence[Mapping[str, Tensor]],
+    class_names: Mapping[int, str],
     *,
     targets: Sequence[Mapping[str, Tensor]] | None = None,
     threshold: float = 0.5,
     columns: int = 4,
     top_k: int = 20,
-) -> None:
-    """Draw images with their detected boxes, class names and scores in a grid, to a PNG.
+    titled: bool = True,
+) -> Figure:
+    """Draw images with their detected boxes, class names and scores in a grid.
 
     A box has the colour of its class (`canvas.class_color`). Ground truth is dashed in white; where
     no detection of its class overlaps it with an IoU of 0.5, it bears its name if there is room.
@@ -65,12 +79,12 @@ def draw_detections(
         detections (list[dict]): of each image what `PostProcess` returns: ``scores`` (N,),
             ``labels`` (N,) and ``boxes`` (N, 4), corners in pixels of the image.
         class_names (dict[int, str]): label -> name.
-        output_png (path): the file; its folder is created when needed.
         targets (list[dict], optional): of each image ``labels`` (T,) and ``boxes`` (T, 4),
             corners in pixels of the image.
         threshold (float): the lowest score to draw.
         columns (int): images side by side.
         top_k (int): of one image only the detections with the highest scores are drawn.
+        titled (bool): whether the figure says what it shows, and each image how much it has.
 
     Raises:
         TypeError, ValueError: something has another type or shape; the message says what.
@@ -89,7 +103,7 @@ def draw_detections(
     head = f"Detections, score \N{GREATER-THAN OR EQUAL TO} {threshold:g}"
     if targets is not None:
         head += " (dashed in white: ground truth)"
-    save_png(_grid(pictures, class_names, columns, head), output_png)
+    return _grid(pictures, class_names, columns, head if titled else "")
 
 
 def _check(
@@ -163,7 +177,7 @@ def _grid(
     pictures: Sequence[_Picture], class_names: Mapping[int, str], columns: int, head: str
 ) -> Figure:
     """A figure in which each picture has a cell of its own, and nothing leaves its cell."""
-    margin, gap, title, caption = 16, 14, 44, 20
+    margin, gap, title, caption = (16, 14, 44, 20) if head else (0, 0, 0, 0)
     columns = min(columns, len(pictures))
     cell = min((WIDTH - 2 * margin - (columns - 1) * gap) // columns, 560)
     sizes = []
@@ -185,7 +199,7 @@ def _grid(
             figure.text(
                 left / width,
                 1 - (top + caption - 5) / height,
-                pictures[i].caption,
+                pictures[i].caption if head else "",
                 va="baseline",
                 fontsize=8,
                 color=INK,

@@ -214,12 +214,10 @@ def test_an_interrupted_write_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "grid.png"
     path.write_bytes(b"old")
 
-    def fail(self, target, **_):
-        with open(target, "wb") as file:
-            file.write(b"half")
+    def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Image.Image, "save", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         draw_detections([grey()], [found()], NAMES, path)
     assert path.read_bytes() == b"old"
