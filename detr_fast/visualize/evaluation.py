@@ -53,7 +53,7 @@ def precision_recall_figure(results: Mapping[str, CocoResult]) -> Figure:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(framealpha=0.85, fontsize=9, title="AP", loc="lower left")
+            axes.legend(framealpha=0.85, fontsize=9, title="AP")
         else:
             axes.text(0.5, 0.5, "nothing annotated", ha="center", color=PALE)
     return figure
