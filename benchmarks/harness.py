@@ -2,7 +2,7 @@
 """What every benchmark shares: a case, its contenders, the record and the command line.
 
 A module ``bench_<subject>.py`` has ``cases(device, quick) -> list[Case]``.  The first contender of
-a case is its subject, the others are its peers.  :func:`compare` asserts that all of them agree
+a case is its subject, the others are its peers.  `compare` asserts that all of them agree
 with an independent expression before it times any of them.
 """
 
@@ -48,7 +48,7 @@ class Contender:
         before (Callable): sets what holds for the whole process, before each round of it; such a
             round begins with a call that does not count.
         held (Callable): bytes of GPU memory that it keeps between calls; with it the record of a
-            GPU tells the peak of a call, :func:`benchmarks.memory.peak_bytes`.
+            GPU tells the peak of a call, `benchmarks.memory.peak_bytes`.
     """
 
     run: Run

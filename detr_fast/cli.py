@@ -154,7 +154,7 @@ def _run(
 def _run_own(module: str, program: str, arguments: Sequence[str] | None) -> int:
     """A command with flags of its own, which ``module`` describes and does.
 
-    The module has ``parser(program)``, which returns a :class:`detr_fast.command_line.Parser`,
+    The module has ``parser(program)``, which returns a `detr_fast.command_line.Parser`,
     and ``run(options)``, which takes what it parsed and returns the exit code. It is imported
     when it is asked for: no command waits for the libraries of another.
     """

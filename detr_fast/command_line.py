@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line, derived from the fields of :class:`detr_fast.config.Config`."""
+"""The command line, derived from the fields of `detr_fast.config.Config`."""
 
 import argparse
 import difflib
@@ -49,13 +49,13 @@ class _Help(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a wrong command line as :class:`UsageError`.
+    """An argument parser that reports a wrong command line as `UsageError`.
 
     So it ends like every other mistake: with one line, and exit code 2.
     """
 
     def error(self, message: str) -> NoReturn:
-        """Raise what :mod:`argparse` would have printed."""
+        """Raise what `argparse` would have printed."""
         raise UsageError(f"{message} (see --help)")
 
 

@@ -26,7 +26,7 @@ class UsageError(Exception):
 
 
 def flag(default: Any, help: str, group: str, **options: Any) -> Any:
-    """Declare a field of :class:`Config` and its flag; ``options`` go to ``add_argument``."""
+    """Declare a field of `Config` and its flag; ``options`` go to ``add_argument``."""
     return field(default=default, metadata={"help": help, "group": group, "options": options})
 
 

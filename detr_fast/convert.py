@@ -180,7 +180,7 @@ def write(weights: Weights, target: Path, form: str) -> None:
     """Write weights in a form.
 
     Args:
-        weights (Weights): what :func:`read` returned.
+        weights (Weights): what `read` returned.
         target (Path): a file, or for transformers a folder; what is in the way is replaced.
         form (str): of `FORMS`.
     """

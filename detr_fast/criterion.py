@@ -40,13 +40,13 @@ class SetCriterion(nn.Module):
     A subclass adds the loss ``"name"`` by a method ``loss_name``, or overrides one of the three;
     it is called for each decoder layer with the pairs of its images.  The matcher may be any module
     with the signature of DETR's; one with a method ``match``, as
-    :meth:`detr_fast.matcher.HungarianMatcher.match`, is asked once for all layers.
+    `detr_fast.matcher.HungarianMatcher.match`, is asked once for all layers.
 
     Args:
         num_classes (int): number of classes without no-object: the largest label + 1.
         matcher (nn.Module): called with outputs and targets, returns the pairs of each image.
-        weight_dict (Mapping[str, float]): weight of each loss by name: :func:`loss_weights` makes
-            it, :func:`weighted_losses` applies it.
+        weight_dict (Mapping[str, float]): weight of each loss by name: `loss_weights` makes
+            it, `weighted_losses` applies it.
         eos_coef (float): weight of no-object in the cross-entropy.
         losses (Sequence[str]): ``"labels"``, ``"boxes"`` and ``"cardinality"``, in any choice.
         class_loss (ClassLoss): the classification loss: cross-entropy of ``num_classes + 1``

@@ -20,7 +20,7 @@ def loss_weights(
     bbox_loss_coef: float = 5,
     giou_loss_coef: float = 2,
 ) -> dict[str, float]:
-    """The ``weight_dict`` of :class:`SetCriterion`: equal weights in all decoder layers.
+    """The ``weight_dict`` of `SetCriterion`: equal weights in all decoder layers.
 
     Args:
         dec_layers (int): number of decoder layers.
@@ -38,7 +38,7 @@ def scalars_of(table: Tensor, losses: int) -> list[Sequence[Tensor]]:
     """The elements of a table, row by row.
 
     Args:
-        table (Tensor[L, K]): results of :func:`detr_fast.ops.set_loss`.
+        table (Tensor[L, K]): results of `detr_fast.ops.set_loss`.
         losses (int): how many of the K columns have a gradient, the first ones.
     """
     columns = table.shape[1]

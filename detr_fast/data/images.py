@@ -75,7 +75,7 @@ def read_upright(path: Path) -> Tensor:
         path (Path): any format that pillow reads
 
     Returns:
-        Tensor[3, h, w]: uint8, as :func:`read_image` returns it.
+        Tensor[3, h, w]: uint8, as `read_image` returns it.
 
     Raises:
         UnusableImage: the file is missing, broken or cut off.

@@ -30,7 +30,7 @@ def build_datasets(
 
     Those of a training keep their images as ``--cache`` says.
 
-    Args and errors are those of :func:`read_datasets`; under ``--strict_data`` a DatasetError, too,
+    Args and errors are those of `read_datasets`; under ``--strict_data`` a DatasetError, too,
     if anything is wrong.
     """
     datasets = read_datasets(config, splits, checkpoint)

@@ -19,7 +19,7 @@ from detr_fast.engine.optim import Learner
 class ReferenceLearner(Learner):
     """Updates as the original makes them: every one, with the optimizer that torch chooses.
 
-    Args: as those of :class:`Learner`.
+    Args: as those of `Learner`.
     """
 
     fused = None
@@ -37,7 +37,7 @@ class ReferenceLearner(Learner):
 
 
 class ReferenceStep:
-    """Turns batches into updates as the original does; in the place of :class:`TrainingStep`.
+    """Turns batches into updates as the original does; in the place of `TrainingStep`.
 
     The total is added up term by term, every term travels to the host by itself in every step, and
     a loss that is not finite ends the run.

@@ -43,7 +43,7 @@ def differences(
 
     Args:
         deployed (Deployed): the model.
-        run (Callable): the file, by :func:`detr_fast.export.files.load`.
+        run (Callable): the file, by `detr_fast.export.files.load`.
         padding (bool): whether the file takes ``sizes``.
         sizes (Sequence): (height, width) in pixels.
         batches (Sequence[int]): numbers of images.

@@ -114,7 +114,7 @@ def load(path: Path, form: str) -> Run:
     """Read a file as those who deploy it do.
 
     Returns:
-        Callable: from the inputs of :class:`detr_fast.export.Deployed` to its outputs.
+        Callable: from the inputs of `detr_fast.export.Deployed` to its outputs.
     """
     if form == "export":
         module = torch.export.load(path).module()

@@ -84,7 +84,7 @@ class Deployed(nn.Module):
         return scores, labels, box_cxcywh_to_xyxy(boxes)
 
     def predictions(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` returns with ``raw``, of the same arguments."""
+        """What `forward` returns with ``raw``, of the same arguments."""
         if not self.raw:
             images = normalize_images(images, sizes)
         outputs = self.model(images if sizes is None else ImageBatch(images, sizes))

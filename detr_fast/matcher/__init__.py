@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bipartite matching of queries and targets.
 
-:class:`HungarianMatcher` is that of facebookresearch/detr.  Each module of this package has the
-matcher of another code base under its own name; :func:`patch` puts it into an installed library.
+`HungarianMatcher` is that of facebookresearch/detr.  Each module of this package has the
+matcher of another code base under its own name; `patch` puts it into an installed library.
 """
 
 from detr_fast.matcher.detr import HungarianMatcher, build_matcher

@@ -62,7 +62,7 @@ def match_layers(
         keys (Keys): what the four tensors are called.
         groups (int): query groups of an image, each matched on its own.
         extra_cost (Sequence[Sequence[Tensor[Q, n]]] | None): for each layer and image.
-        non_finite (str | tuple[float, float, float]): see :func:`hungarian_match`.
+        non_finite (str | tuple[float, float, float]): see `hungarian_match`.
 
     Returns:
         list[list[tuple[Tensor, Tensor]]]: for each layer and image the matched queries,
@@ -172,7 +172,7 @@ def host_pairs(match: Match, counts: Sequence[int]) -> tuple[list[Pairs], Tensor
         counts (Sequence[int]): targets of each image.
 
     Returns:
-        tuple: pairs as of :func:`match_layers`, and the status of the match on the CPU.
+        tuple: pairs as of `match_layers`, and the status of the match on the CPU.
 
     Raises:
         ValueError: if a problem has no result.

@@ -16,7 +16,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     Source: fundamentalvision/Deformable-DETR at 11169a6, Atten4Vis/ConditionalDETR at 8ea7c3f and
     HDETR/H-Deformable-DETR at f58ceb1, each ``models/matcher.py``; their training uses weights
     2, 5, 2.  H-DETR's criterion hands in targets that are repeated already.  Differences: as of
-    :class:`detr_fast.matcher.HungarianMatcher`.
+    `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the focal class cost.

@@ -89,19 +89,19 @@ class HungarianMatcher(nn.Module):
     ) -> Match:
         """Match the outputs of all decoder layers at once, without a wait for the device.
 
-        What a criterion calls in place of :meth:`forward` for each layer; a class that changes how
-        pairs are found overrides both, or :meth:`forward` alone, which then counts.  Of several
+        What a criterion calls in place of `forward` for each layer; a class that changes how
+        pairs are found overrides both, or `forward` alone, which then counts.  Of several
         optima it finds any one.
 
         Args:
-            layers (Sequence[Mapping]): outputs as of :meth:`forward`.
+            layers (Sequence[Mapping]): outputs as of `forward`.
             targets (Targets): on the device of the outputs.
             raise_non_finite (bool): raise on the CPU if a cost is not finite; else, and on a GPU,
                 the status of the match says so.
             names (Sequence[str] | None): what the layers are called in a message.
 
         Raises:
-            ValueError: as :meth:`forward`; names the layer, too.
+            ValueError: as `forward`; names the layer, too.
         """
         return match_on_device(
             layers,

@@ -21,7 +21,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     """DETR's matcher with a choice of class cost, by default focal.
 
     Source: IDEA-Research/detrex at e244e6c, ``detrex/modeling/matcher/matcher.py``.  Differences:
-    as of :class:`detr_fast.matcher.HungarianMatcher`.
+    as of `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the class cost.
@@ -56,7 +56,7 @@ class HungarianMatcher(detr.HungarianMatcher):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`detr_fast.matcher.HungarianMatcher.forward`."""
+        """Match every image of a batch: as `detr_fast.matcher.HungarianMatcher.forward`."""
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
         focal = self.cost_class_type == "focal_loss_cost"
         class_cost = focal_or_softmax(focal, self.alpha, self.gamma)
@@ -67,7 +67,7 @@ class GroupHungarianMatcher(detr.HungarianMatcher):
     """The matcher of Group DETR: the focal class cost, each group of queries on its own.
 
     Source: IDEA-Research/detrex at e244e6c, ``projects/group_detr/modeling/group_matcher.py``.
-    Differences: as of :class:`detr_fast.matcher.HungarianMatcher`; a number of queries that is no
+    Differences: as of `detr_fast.matcher.HungarianMatcher`; a number of queries that is no
     multiple of the number of groups is refused, where the original leaves the last ones out.
 
     Args:
@@ -84,7 +84,7 @@ class GroupHungarianMatcher(detr.HungarianMatcher):
         """Match every image and group.
 
         Args:
-            outputs (Mapping): as of :meth:`detr_fast.matcher.HungarianMatcher.forward`.
+            outputs (Mapping): as of `detr_fast.matcher.HungarianMatcher.forward`.
             targets (Sequence[Mapping]): likewise.
             group_nums (int): equal groups that the queries are cut into, in their order.
 

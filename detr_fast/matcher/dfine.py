@@ -29,7 +29,7 @@ class HungarianMatcher(rtdetr.HungarianMatcher):
     Source: Peterande/D-FINE at 4a1f73a, ``src/zoo/dfine/matcher.py``, Intellindust-AI-Lab/DEIM at
     a9aa4ad and DEIMv2 at 0fff8d4, ``engine/deim/matcher.py``.  A NaN of the cost counts 1,
     infinity the largest float32 of its sign, as there.  Differences: as of
-    :class:`detr_fast.matcher.HungarianMatcher`, and those of ``return_topk``.
+    `detr_fast.matcher.HungarianMatcher`, and those of ``return_topk``.
 
     Args:
         weight_dict (Mapping[str, float]): ``cost_class``, ``cost_bbox`` and ``cost_giou``.
@@ -67,7 +67,7 @@ class HungarianMatcher(rtdetr.HungarianMatcher):
         """Match every image of a batch.
 
         Args:
-            outputs (Mapping): as of :meth:`detr_fast.matcher.HungarianMatcher.forward`.
+            outputs (Mapping): as of `detr_fast.matcher.HungarianMatcher.forward`.
             targets (Sequence[Mapping]): likewise.
             return_topk (int): if not 0, match this often, each time without the queries matched
                 before.  The original, in which nothing calls this, by an error also leaves out

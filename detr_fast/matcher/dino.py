@@ -18,7 +18,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     """DETR's matcher with the focal class cost of the sigmoid, gamma 2.
 
     Source: IDEA-Research/DINO at faa8520, ``models/dino/matcher.py``.  Differences: as of
-    :class:`detr_fast.matcher.HungarianMatcher`.
+    `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the focal class cost.
@@ -53,7 +53,7 @@ class HungarianMatcher(detr.HungarianMatcher):
 class SimpleMinsumMatcher(HungarianMatcher):
     """The cheapest query for each target; two targets may get the same one.
 
-    Source and arguments: as of :class:`HungarianMatcher`.
+    Source and arguments: as of `HungarianMatcher`.
     """
 
     @torch.no_grad()

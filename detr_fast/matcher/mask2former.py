@@ -101,7 +101,7 @@ def match_masks(
         non_finite (str | tuple[float, float, float]): what NaN and infinity do.
 
     Returns:
-        list[tuple[Tensor, Tensor]]: as of :meth:`HungarianMatcher.forward`.
+        list[tuple[Tensor, Tensor]]: as of `HungarianMatcher.forward`.
     """
     cost_class, cost_mask, cost_dice = weights
     extra = []
@@ -136,7 +136,7 @@ class MaskDINOHungarianMatcher(HungarianMatcher):
     """The matcher of MaskDINO: focal class cost, masks, and boxes.
 
     Source: IDEA-Research/MaskDINO at 3831d85, ``maskdino/modeling/matcher.py``, where it is called
-    ``HungarianMatcher`` (Li et al., CVPR 2023).  Differences: as of :class:`HungarianMatcher`.
+    ``HungarianMatcher`` (Li et al., CVPR 2023).  Differences: as of `HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the focal class cost, alpha 0.25 and gamma 2.

@@ -48,7 +48,7 @@ class HungarianAssigner:
     Source: open-mmlab/mmdetection 3.3.0,
     ``mmdet/models/task_modules/assigners/hungarian_assigner.py``; the algorithm of Co-DETR is the
     same.  Everything stays on the device: nothing waits for it.  Differences: costs are summed in
-    float32, and those of masks by :func:`match_cost` computed in it, also under autocast; on a
+    float32, and those of masks by `match_cost` computed in it, also under autocast; on a
     device other than the CPU a cost that is not finite makes all queries background (on the CPU
     it raises, as the original does everywhere).
 

@@ -73,7 +73,7 @@ _LIBRARIES: dict[str, tuple[Entry, ...]] = {
 class Patch:
     """Matchers that were put into a library.
 
-    Undone by :meth:`undo`, or at the end of a ``with`` statement.
+    Undone by `undo`, or at the end of a ``with`` statement.
     """
 
     def __init__(self, library: str, swapped: list[tuple[type, str, Any]]) -> None:
@@ -122,7 +122,7 @@ def patch(library: str) -> Patch:
         ImportError: if it is not installed, or something that it needs.
         RuntimeError: if its version has no matcher known here, or one with other arguments.
 
-    Example:
+    Examples:
         >>> with detr_fast.matcher.patch("transformers"):  # doctest: +SKIP
         ...     loss = model(pixel_values, labels=labels).loss
     """

@@ -21,7 +21,7 @@ class HungarianMatcher(detr.HungarianMatcher):
     Source: roboflow/rf-detr, package ``rfdetr`` 1.11.2, ``rfdetr/models/matcher.py``.  NaN and
     infinity cost more than anything finite of their problem, where the original compares with the
     whole batch.  All layers of a training step are matched by one call of the op.  Differences: as
-    of :class:`detr_fast.matcher.HungarianMatcher`.
+    of `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         cost_class (float): weight of the focal class cost.
@@ -83,7 +83,7 @@ class HungarianMatcher(detr.HungarianMatcher):
         """Match every image and group.
 
         Args:
-            outputs (Mapping): as of :meth:`detr_fast.matcher.HungarianMatcher.forward`, and
+            outputs (Mapping): as of `detr_fast.matcher.HungarianMatcher.forward`, and
                 optionally ``"pred_masks"`` (Tensor[B, Q, H, W], or a dict of its factors) and
                 ``"pred_keypoints"``.
             targets (Sequence[Mapping]): likewise, optionally ``"masks"``, ``"keypoints"``, and

@@ -17,7 +17,7 @@ class HungarianMatcher(nn.Module):
 
     Source: lyuwenyu/RT-DETR at 068dfde, ``rtdetr_pytorch/src/zoo/rtdetr/matcher.py``, which
     registers the class for its configuration files: ``register(HungarianMatcher)``.  Differences:
-    as of :class:`detr_fast.matcher.HungarianMatcher`.
+    as of `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         weight_dict (Mapping[str, float]): ``cost_class``, ``cost_bbox`` and ``cost_giou``; its
@@ -59,7 +59,7 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`detr_fast.matcher.HungarianMatcher.forward`."""
+        """Match every image of a batch: as `detr_fast.matcher.HungarianMatcher.forward`."""
         weights = CostWeights(self.cost_class, self.cost_bbox, self.cost_giou)
         class_cost = focal_or_softmax(self.use_focal_loss, self.alpha, self.gamma)
         return match_layers([outputs], targets, weights, class_cost)[0]

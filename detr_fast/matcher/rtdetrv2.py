@@ -19,7 +19,7 @@ class HungarianMatcher(rtdetr.HungarianMatcher):
 
     Source: lyuwenyu/RT-DETR at 068dfde, ``rtdetrv2_pytorch/src/zoo/rtdetr/matcher.py``; costs of
     masks as of its commit 0aa14cc.  Differences: as of
-    :class:`detr_fast.matcher.HungarianMatcher`.
+    `detr_fast.matcher.HungarianMatcher`.
 
     Args:
         weight_dict (Mapping[str, float]): ``cost_class``, ``cost_bbox``, ``cost_giou``, and where
@@ -53,7 +53,7 @@ class HungarianMatcher(rtdetr.HungarianMatcher):
         """Match every image of a batch.
 
         Args:
-            outputs (Mapping): as of :meth:`detr_fast.matcher.HungarianMatcher.forward`, and
+            outputs (Mapping): as of `detr_fast.matcher.HungarianMatcher.forward`, and
                 optionally ``"pred_masks"`` (Tensor[B, Q, H, W]).
             targets (Sequence[Mapping]): likewise, and optionally ``"masks"`` (Tensor[n, h, w]).
 

@@ -96,7 +96,7 @@ class DeformableDetrHungarianMatcher(HungarianMatcher):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`HungarianMatcher.forward`."""
+        """Match every image of a batch: as `HungarianMatcher.forward`."""
         return _match(self, outputs, targets, FOCAL)
 
 
@@ -111,7 +111,7 @@ class LwDetrHungarianMatcher(HungarianMatcher):
     def forward(  # type: ignore[override]  # the original has one more argument, too
         self, outputs: Outputs, targets: ImageTargets, group_detr: int
     ) -> Pairs:
-        """Match every image and group: as :meth:`HungarianMatcher.forward`, group after group."""
+        """Match every image and group: as `HungarianMatcher.forward`, group after group."""
         return _match(self, outputs, targets, FOCAL, groups=group_detr)
 
 
@@ -141,7 +141,7 @@ class RTDetrHungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`HungarianMatcher.forward`."""
+        """Match every image of a batch: as `HungarianMatcher.forward`."""
         class_cost = focal_or_softmax(self.use_focal_loss, self.alpha, self.gamma)
         return _match(self, outputs, targets, class_cost)
 
@@ -154,7 +154,7 @@ class GroundingDinoHungarianMatcher(HungarianMatcher):
 
     @torch.no_grad()
     def forward(self, outputs: Outputs, targets: ImageTargets) -> Pairs:
-        """Match every image of a batch: as :meth:`HungarianMatcher.forward`.
+        """Match every image of a batch: as `HungarianMatcher.forward`.
 
         ``outputs["label_maps"]`` (Sequence[Tensor[classes, C]]) tells for each image the tokens of
         a class.
@@ -206,7 +206,7 @@ class RfDetrHungarianMatcher(HungarianMatcher):
     def forward(  # type: ignore[override]  # the original has one more argument, too
         self, outputs: Outputs, targets: ImageTargets, group_detr: int
     ) -> Pairs:
-        """Match every image and group: as :meth:`HungarianMatcher.forward`, group after group.
+        """Match every image and group: as `HungarianMatcher.forward`, group after group.
 
         ``outputs["pred_masks"]`` (Tensor[B, Q, H, W]) and ``"masks"`` (Tensor[n, h, w]) of each
         target count, too.

@@ -21,7 +21,7 @@ Memory = tuple[Tensor, ...]  # what a cross-attention looks at, as its own class
 
 
 class _Fused(nn.MultiheadAttention):
-    """Attention without attention maps, by :func:`detr_fast.ops.attention`."""
+    """Attention without attention maps, by `detr_fast.ops.attention`."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, padding: Padding | None, *, of_itself: bool
@@ -98,7 +98,7 @@ class CrossAttention(_Fused):
             kept (InferenceCache): for the weights of all layers in one tensor.
 
         Returns:
-            list[Memory]: for each layer what :meth:`forward` takes.
+            list[Memory]: for each layer what `forward` takes.
         """
 
         def stacked() -> tuple[Tensor, ...]:
@@ -120,7 +120,7 @@ class CrossAttention(_Fused):
 
         Args:
             query (Tensor[B, Q, C]): what asks, with its position.
-            memory (Memory): what :meth:`memories` returned for this layer.
+            memory (Memory): what `memories` returned for this layer.
             padding (Padding, optional): of the memory.
 
         Returns:
@@ -135,7 +135,7 @@ class ReferenceSelfAttention(nn.MultiheadAttention):
     """Self-attention as the original calls it: sequence first, attention maps made and dropped."""
 
     def forward(self, x: Tensor, position: Tensor, padding: Padding | None = None) -> Tensor:
-        """Attend; arguments and result as those of :class:`SelfAttention`."""
+        """Attend; arguments and result as those of `SelfAttention`."""
         placed, x = (t.transpose(0, 1) for t in (x + position, x))
         mask = None if padding is None else padding.cells
         return super().forward(placed, placed, x, key_padding_mask=mask)[0].transpose(0, 1)
@@ -155,14 +155,14 @@ class ReferenceCrossAttention(nn.MultiheadAttention):
         return [(memory + position, memory)] * len(layers)
 
     def forward(self, query: Tensor, memory: Memory, padding: Padding | None = None) -> Tensor:
-        """Attend; arguments and result as those of :class:`CrossAttention`."""
+        """Attend; arguments and result as those of `CrossAttention`."""
         query, key, value = (x.transpose(0, 1) for x in (query, *memory))
         mask = None if padding is None else padding.cells
         return super().forward(query, key, value, key_padding_mask=mask)[0].transpose(0, 1)
 
 
 class Dropout(nn.Dropout):
-    """:func:`detr_fast.ops.dropout.dropout` while it trains."""
+    """`detr_fast.ops.dropout.dropout` while it trains."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x (Tensor[...])``."""

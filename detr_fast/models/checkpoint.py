@@ -121,11 +121,11 @@ def write_checkpoint(
     """Write a checkpoint so that ``path`` holds the old file or the new one, never a part.
 
     Args:
-        checkpoint (Mapping): what ``torch.save`` takes; for :func:`read_checkpoint` to read it,
+        checkpoint (Mapping): what ``torch.save`` takes; for `read_checkpoint` to read it,
             tensors and plain containers.
         path (str | PathLike): the file, in an existing folder.
         keep (int): how many generations are kept, the new one included; see
-            :func:`generation`.
+            `generation`.
 
     Raises:
         OSError: if the disk is full or the folder cannot be written; the old files stay.
@@ -193,7 +193,7 @@ def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     Args:
         model (nn.Module): the model; it stays as it was if something does not fit.
         state_dict (Mapping[str, Tensor]): its weights under facebookresearch/detr's names; or a
-            checkpoint that holds them (:func:`weights_of`).
+            checkpoint that holds them (`weights_of`).
 
     Raises:
         CheckpointError: names the keys that are missing, unexpected or of another shape.
@@ -242,7 +242,7 @@ def model_config_from_checkpoint(checkpoint: Mapping[str, Any]) -> ModelConfig |
     ``args`` those have their defaults.
 
     Args:
-        checkpoint (Mapping): of :func:`read_checkpoint`; or a bare state dict.
+        checkpoint (Mapping): of `read_checkpoint`; or a bare state dict.
 
     Returns:
         ModelConfig | None: None if these are no weights of a DETR.

@@ -111,7 +111,7 @@ class DETR(nn.Module):
         Args:
             images: normalised images of floating point, in one of four forms: a list of
                 Tensor[3, h, w] of any sizes (padded here); a Tensor[B, 3, H, W] without padding;
-                an :class:`detr_fast.data.ImageBatch`; another object with
+                an `detr_fast.data.ImageBatch`; another object with
                 ``tensors (Tensor[B, 3, H, W])`` and ``mask (BoolTensor[B, H, W])``, True for
                 padding, wherever it is: the kernels of attention take no mask, so SDPA runs.
 
@@ -241,10 +241,7 @@ def detr_resnet50(
     Args:
         pretrained (bool): load the published weights; needs the default ``num_classes``.
         num_classes (int): highest class id + 1.
-        return_postprocessor (bool): return a :class:`PostProcess` too.
-
-    Returns:
-        DETR, or tuple[DETR, PostProcess].
+        return_postprocessor (bool): return the model and a `PostProcess`, not the model alone.
 
     Raises:
         ValueError: if pretrained weights are asked for another number of classes.
@@ -257,7 +254,7 @@ def detr_resnet50(
 def detr_resnet50_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR-DC5 with a ResNet-50 (published: 43.3 AP); arguments as of :func:`detr_resnet50`."""
+    """DETR-DC5 with a ResNet-50 (published: 43.3 AP); arguments as of `detr_resnet50`."""
     config = replace(MODELS["detr_resnet50_dc5"], num_classes=num_classes)
     return _published(
         config, PUBLISHED_FILES["detr_resnet50_dc5"], pretrained, return_postprocessor
@@ -267,7 +264,7 @@ def detr_resnet50_dc5(
 def detr_resnet101(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR with a ResNet-101 (published: 43.5 AP); arguments as of :func:`detr_resnet50`."""
+    """DETR with a ResNet-101 (published: 43.5 AP); arguments as of `detr_resnet50`."""
     config = replace(MODELS["detr_resnet101"], num_classes=num_classes)
     return _published(config, PUBLISHED_FILES["detr_resnet101"], pretrained, return_postprocessor)
 
@@ -275,7 +272,7 @@ def detr_resnet101(
 def detr_resnet101_dc5(
     pretrained: bool = False, num_classes: int = 91, return_postprocessor: bool = False
 ):
-    """DETR-DC5 with a ResNet-101 (published: 44.9 AP); arguments as of :func:`detr_resnet50`."""
+    """DETR-DC5 with a ResNet-101 (published: 44.9 AP); arguments as of `detr_resnet50`."""
     config = replace(MODELS["detr_resnet101_dc5"], num_classes=num_classes)
     return _published(
         config, PUBLISHED_FILES["detr_resnet101_dc5"], pretrained, return_postprocessor
@@ -287,11 +284,8 @@ def detr_tiny(num_classes: int | None = None, return_postprocessor: bool = False
 
     Args:
         num_classes (int): highest class id + 1; default: that of the generated data set.
-        return_postprocessor (bool): return a :class:`PostProcess` too.
-        **changes: other fields of :class:`ModelConfig`, in place of those of ``DETR_TINY``.
-
-    Returns:
-        DETR, or tuple[DETR, PostProcess].
+        return_postprocessor (bool): return the model and a `PostProcess`, not the model alone.
+        **changes: other fields of `ModelConfig`, in place of those of ``DETR_TINY``.
     """
     if num_classes is not None:
         changes["num_classes"] = num_classes

@@ -27,7 +27,7 @@ def load_fitting_weights(
 
     Args:
         model (DETR): gets the weights.
-        checkpoint (Mapping): as :func:`weights_of` takes it.
+        checkpoint (Mapping): as `weights_of` takes it.
         names (Mapping[int, str]): class names of the model.
         earlier_names (Mapping[int, str], optional): those of the checkpoint; None where it tells
             none: then a head of the right size is taken as it is.

@@ -29,7 +29,7 @@ class InferenceCache(nn.Module):
         self._entries: dict[Hashable, tuple[Any, Any, Any]] = {}
 
     def in_use(self, device: torch.device) -> bool:
-        """Whether :meth:`forward` looks for an earlier result on the device."""
+        """Whether `forward` looks for an earlier result on the device."""
         return not (
             self.training
             or torch.is_grad_enabled()

@@ -66,7 +66,7 @@ class EncoderLayer(_Layer):
 class DecoderLayer(_Layer):
     """Self-attention of the queries, attention to the memory, feed-forward.
 
-    Args: as those of :class:`EncoderLayer`.
+    Args: as those of `EncoderLayer`.
     """
 
     def __init__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled ops.  Each has a reference twin of the same name in :mod:`detr_fast.reference`."""
+"""The compiled ops.  Each has a reference twin of the same name in `detr_fast.reference`."""
 
 from detr_fast.ops._library import backend, use_reference
 from detr_fast.ops.attention import attention, attention_weights

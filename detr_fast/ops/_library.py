@@ -49,7 +49,7 @@ _LEAST_CAPABILITY = (8, 0)  # what the kernels are compiled for: bfloat16, cp.as
 
 
 def chooses_path(op: str) -> Callable[[Callable[P, Path]], Callable[P, Path]]:
-    """Decorate what says which path ``op`` takes for given inputs, and why: see :func:`backend`."""
+    """Decorate what says which path ``op`` takes for given inputs, and why: see `backend`."""
 
     def decorate(choice: Callable[P, Path]) -> Callable[P, Path]:
         _choices[op] = choice
@@ -97,7 +97,8 @@ def backend(op: str | None = None, *inputs: Any, **options: Any) -> dict[str, st
     Args:
         op (str | None): name of an op that has several paths: ``"attention"``,
             ``"normalize_images"``.
-        inputs, options: what it would be called with; no number in a tensor is looked at.
+        *inputs: what it would be called with; no number in a tensor is looked at.
+        **options: the same.
 
     Returns:
         dict[str, str] | tuple[str, str]: without an op, for ``"cpu"`` and ``"cuda"``,
@@ -108,7 +109,7 @@ def backend(op: str | None = None, *inputs: Any, **options: Any) -> dict[str, st
     Raises:
         ValueError: if the op is unknown.
 
-    Example:
+    Examples:
         >>> detr_fast.ops.backend()  # doctest: +SKIP
         {'cpu': 'compiled (with CUDA 13.0 for 9.0+PTX)', 'cuda': 'compiled (...)'}
         >>> detr_fast.ops.backend("attention", q, k, v)  # doctest: +SKIP
@@ -130,7 +131,7 @@ def backend(op: str | None = None, *inputs: Any, **options: Any) -> dict[str, st
 def use_reference() -> Iterator[None]:
     """Within this context every op runs its reference twin, in all threads.
 
-    Example:
+    Examples:
         >>> with detr_fast.ops.use_reference():  # doctest: +SKIP
         ...     expected = detr_fast.generalized_box_iou(boxes1, boxes2)
     """
@@ -145,7 +146,7 @@ def use_reference() -> Iterator[None]:
 def with_reference(
     reference: Callable[P, Result], check: Callable[..., None] | None = None
 ) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
-    """Decorate an op with its reference twin, which :func:`use_reference` calls instead.
+    """Decorate an op with its reference twin, which `use_reference` calls instead.
 
     ``check`` is called with the arguments before either of them.
     """

@@ -175,7 +175,7 @@ def attention(
     """Scaled dot-product attention (Vaswani et al., NeurIPS 2017, equation 1) of padded sequences.
 
     Padded keys are skipped and padded queries give 0: neither is read, whatever it holds.
-    Differentiable once.  Where :func:`detr_fast.ops.backend` says ``"fused"``, an image's results
+    Differentiable once.  Where `detr_fast.ops.backend` says ``"fused"``, an image's results
     and gradients are the same bits in any batch and with any padding; else they are those of
     ``torch.nn.functional.scaled_dot_product_attention`` (``"sdpa"``), and with dropout on a CPU
     those of products of torch, a few heads at a time (``"by_heads"``).  Two exceptions: dropout
@@ -208,7 +208,7 @@ def attention(
         ValueError: if both key_rect and key_count are given, a rect without padded_width, or the
             probability is none.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 2, 8, 12, 32).unbind()
         >>> rect = torch.tensor([[3, 4], [2, 3]], dtype=torch.int32)  # of a grid 3 x 4
         >>> out = detr_fast.ops.attention(
@@ -283,7 +283,7 @@ def _is_widened(dtype: torch.dtype, *inputs: Tensor) -> bool:
 
 
 def _is_by_heads(dtype: torch.dtype, device: torch.device, mask: Tensor | None, kept: int) -> bool:
-    """Whether :func:`attention_by_heads` computes what the fused kernels do not."""
+    """Whether `attention_by_heads` computes what the fused kernels do not."""
     fits = dtype in (torch.float32, torch.float64) and 0 < kept < KEEP_LEVELS
     return fits and draws_bytes(device) and not (mask is not None and mask.requires_grad)
 

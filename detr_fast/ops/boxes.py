@@ -49,7 +49,7 @@ def check_boxes(policy: Policy) -> Iterator[None]:
         ValueError: if the policy is none of these; from an op, with ``"sync"``.
         RuntimeError: from an op on the CPU, with ``"async"``.
 
-    Example:
+    Examples:
         >>> with detr_fast.ops.check_boxes("sync"):  # doctest: +SKIP
         ...     giou = detr_fast.ops.generalized_box_iou(boxes1, boxes2)
     """

@@ -65,8 +65,8 @@ def set_loss(
             softmax or sigmoid; layers in a list may have different Q and C.
         boxes (Tensor[L, B, Q, 4] | Sequence[Tensor[B, Q, 4]]): ``(cx, cy, w, h)``.
         targets (PackedTargets): labels (B, T), boxes (B, T, 4) and counts (B,), on the device of
-            the logits: a :class:`detr_fast.data.Targets`.
-        match (Match | Tensor[L, B, Q]): of :func:`hungarian_match`, or int64 the target of each
+            the logits: a `detr_fast.data.Targets`.
+        match (Match | Tensor[L, B, Q]): of `hungarian_match`, or int64 the target of each
             query, negative where it is free.
         class_loss (ClassLoss): the formula of the class loss.
         class_weight (Tensor[C] | None): weight of each column, with cross-entropy; by default 1.

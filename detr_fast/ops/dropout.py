@@ -31,7 +31,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def draws_bytes(device: torch.device) -> bool:
-    """Whether dropout on this device, in this context, goes by :func:`random_bytes`."""
+    """Whether dropout on this device, in this context, goes by `random_bytes`."""
     transformed = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
     return device.type == "cpu" and not transformed
 

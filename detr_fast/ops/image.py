@@ -68,7 +68,7 @@ def normalize_images(
     What torchvision's ``to_dtype(scale=True)`` and ``normalize`` compute, and the zeros that the
     original DETR pads with (Carion et al., ECCV 2020, ``nested_tensor_from_tensor_list``), in one
     kernel that reads a byte and writes an element once.  It has no gradient and does not wait for
-    a GPU.  float32 values are those of :func:`detr_fast.data.transforms.normalize` bit for bit.
+    a GPU.  float32 values are those of `detr_fast.data.transforms.normalize` bit for bit.
 
     Args:
         images (ByteTensor[B, 3, H, W]): uint8, in any strides; fastest where they are contiguous or
@@ -88,7 +88,7 @@ def normalize_images(
         ValueError: if mean or std are not three numbers, a std is not positive, or dtype is
             another one.
 
-    Example:
+    Examples:
         >>> images = torch.randint(0, 256, (2, 3, 4, 6), dtype=torch.uint8)
         >>> sizes = torch.tensor([[4, 6], [3, 5]], dtype=torch.int32)
         >>> pixels = detr_fast.ops.normalize_images(images, sizes, dtype=torch.bfloat16)

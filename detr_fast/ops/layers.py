@@ -11,8 +11,8 @@ from torch import Tensor
 def unbind_layers(stacked: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     """The slices of a tensor, as ``stacked.unbind(dim)``.
 
-    Torch stacks the gradients of the slices again.  :func:`detr_fast.ops.set_loss` puts those of
-    all layers, :func:`detr_fast.ops.attention` those of queries, keys and values into one block of
+    Torch stacks the gradients of the slices again.  `detr_fast.ops.set_loss` puts those of
+    all layers, `detr_fast.ops.attention` those of queries, keys and values into one block of
     memory, in order; where they come back like this, the block, or the part of it that the slices
     take, is the gradient: of 900 queries, 92 columns, 6 layers and 16 images 32 MB need not be
     copied.

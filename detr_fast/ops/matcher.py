@@ -135,7 +135,7 @@ def hungarian_match(
             softmax or sigmoid, no-object included; layers in a list may have different Q.
         boxes (Tensor[L, B, Q, 4] | Sequence[Tensor[B, Q, 4]]): ``(cx, cy, w, h)``.
         targets (PackedTargets): labels (B, T), boxes (B, T, 4) and counts (B,), on the device of
-            the logits: a :class:`detr_fast.data.Targets`.
+            the logits: a `detr_fast.data.Targets`.
         weights (CostWeights): of class cost, L1 and GIoU.
         class_cost (ClassCost): the formula of the class cost.
         groups (int): cut the queries of each image into equal groups, in their order, and match

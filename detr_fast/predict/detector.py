@@ -151,7 +151,7 @@ class Detector:
         """Find objects.
 
         Args:
-            images: see :func:`detr_fast.predict.sources.find_sources`.
+            images: see `detr_fast.predict.sources.find_sources`.
             threshold (float): the least score, in [0, 1].
             batch_size (int): images of a forward pass. Images of different sizes in one batch are
                 padded, which moves scores a little, as in every DETR.
@@ -195,8 +195,8 @@ class Detector:
         """Find objects in image after image, of which few are in memory at a time.
 
         Args:
-            sources (Iterable[Source]): of :func:`detr_fast.predict.sources.find_sources`.
-            threshold (float), batch_size (int), attention (bool): see :meth:`predict`.
+            sources (Iterable[Source]): of `detr_fast.predict.sources.find_sources`.
+            threshold (float), batch_size (int), attention (bool): see `predict`.
             workers (int): threads that read and resize ahead.
             unusable (Callable): told of each image that cannot be used, and why.
         """

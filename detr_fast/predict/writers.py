@@ -127,7 +127,7 @@ def glowing(image: Tensor, weights: np.ndarray) -> Tensor:
 
 
 class CocoResults:
-    """Collects detections in COCO's results format; see :meth:`Detections.to_coco`.
+    """Collects detections in COCO's results format; see `Detections.to_coco`.
 
     Args:
         image_ids (dict[str, int], optional): file name -> image id; default: the number that is

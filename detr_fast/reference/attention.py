@@ -15,7 +15,7 @@ _MOST_SCORES = 1 << 24  # that attention_weights has in memory at a time, beside
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows of padded sequences are real; see :func:`detr_fast.ops.attention`."""
+    """Which rows of padded sequences are real; see `detr_fast.ops.attention`."""
 
     rect: Tensor | None = None
     count: Tensor | None = None
@@ -57,7 +57,7 @@ def attention(
     mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """See :func:`detr_fast.ops.attention`."""
+    """See `detr_fast.ops.attention`."""
     queries, keys = Rows(query_rect, None, padded_width), Rows(key_rect, key_count, padded_width)
     kept = kept_levels(dropout_p)
     keep = None
@@ -113,7 +113,7 @@ def attention_weights(
     key_count: Tensor | None = None,
     average: bool = True,
 ) -> Tensor:
-    """Compute with which weights :func:`detr_fast.ops.attention` averages values, for pictures.
+    """Compute with which weights `detr_fast.ops.attention` averages values, for pictures.
 
     Without dropout and without a gradient; some queries at a time, so that memory holds little more
     than the result.
@@ -121,7 +121,7 @@ def attention_weights(
     Args:
         q (Tensor[B, H, Q, D]): queries.
         k (Tensor[B, H, K, D]): keys.
-        query_rect (IntTensor[B, 2] | None): as of :func:`detr_fast.ops.attention`, as are
+        query_rect (IntTensor[B, 2] | None): as of `detr_fast.ops.attention`, as are
             ``key_rect``, ``padded_width`` and ``key_count``.
         average (bool): over the heads.
 
@@ -159,9 +159,9 @@ def dropout_mask(seed: int, heads: int, kept: int, queries: Tensor, keys: Tensor
     Args:
         seed (int): that the kernels had from torch's generator.
         heads (int): H.
-        kept (int): of :func:`kept_levels`.
-        queries (LongTensor[B, Q]): of :meth:`Rows.numbers`.
-        keys (LongTensor[B, K]): of :meth:`Rows.numbers`.
+        kept (int): of `kept_levels`.
+        queries (LongTensor[B, Q]): of `Rows.numbers`.
+        keys (LongTensor[B, K]): of `Rows.numbers`.
 
     Returns:
         BoolTensor[B, H, Q, K]: True where a weight is kept; False at rows that are not real.

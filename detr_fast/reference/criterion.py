@@ -47,7 +47,7 @@ def set_loss(
     class_weight: Tensor | None = None,
     num_boxes: float | Tensor | None = None,
 ) -> Tensor:
-    """All losses of matched predictions: see :func:`detr_fast.ops.set_loss`."""
+    """All losses of matched predictions: see `detr_fast.ops.set_loss`."""
     count = targets.count.clamp(0, targets.labels.shape[1])
     if num_boxes is None:
         num_boxes = count.sum().clamp(min=1)

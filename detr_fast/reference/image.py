@@ -18,7 +18,7 @@ def normalize_images(
     std: Sequence[float] = IMAGENET_STD,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """See :func:`detr_fast.ops.normalize_images`."""
+    """See `detr_fast.ops.normalize_images`."""
     # tensors on the device: by a number, torch multiplies with its reciprocal on a GPU
     largest = torch.full((), 255.0, device=images.device)
     shift, scale = (images.new_tensor(v, dtype=torch.float32)[:, None, None] for v in (mean, std))

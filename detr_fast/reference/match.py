@@ -14,7 +14,7 @@ MatchNonFinite: TypeAlias = NonFinite | Literal["status"]
 
 
 class PackedTargets(Protocol):
-    """Targets of B images, padded to T: :class:`detr_fast.data.Targets`, or anything like it.
+    """Targets of B images, padded to T: `detr_fast.data.Targets`, or anything like it.
 
     Attributes:
         labels (Tensor[B, T]): int64 columns of the logits.
@@ -106,7 +106,7 @@ class Match(NamedTuple):
         target_of_query (Tensor[L, B, Q]): int64, the target t of each query, below T also where
             targets are repeated.  Q is that of the layer with most queries.
         cost (Tensor[L, B, groups]): cost of the matched pairs, float32 (float64 for float64).
-        status (Tensor[L, B, groups]): int32, bits of :class:`MatchStatus`; 0 = fine.
+        status (Tensor[L, B, groups]): int32, bits of `MatchStatus`; 0 = fine.
         target_count (Tensor[B]): int32, targets of each image.
         sizes (MatchSizes): what is known without a read from the device.
     """

@@ -37,7 +37,7 @@ def linear_sum_assignment(
     algorithm: Literal["auto", "shortest_path", "auction"] = "auto",
     non_finite: NonFinite = "error",
 ) -> Tensor:
-    """Solve P rectangular assignment problems: see :func:`detr_fast.ops.linear_sum_assignment`.
+    """Solve P rectangular assignment problems: see `detr_fast.ops.linear_sum_assignment`.
 
     Always by scipy, in float64 and in scipy's order of ties.
     """
@@ -161,7 +161,7 @@ def hungarian_match(
     ties: Ties = "any",
     non_finite: MatchNonFinite = "error",
 ) -> Match:
-    """Match all layers and images: see :func:`detr_fast.ops.hungarian_match`.
+    """Match all layers and images: see `detr_fast.ops.hungarian_match`.
 
     Always by scipy, in float64 and in scipy's order of ties.
 

@@ -139,7 +139,7 @@ def runtime() -> Path:
 
 
 def kernel_library(name: str, sources: Sequence[Path], *flags: object, **options) -> Path:
-    """Link compiled ``sources`` and the simulator; options are those of :func:`compile_all`."""
+    """Link compiled ``sources`` and the simulator; options are those of `compile_all`."""
     objects = compile_all(sources, **options)
     target = CACHE / f"lib{name}-{digest(*objects, runtime(), flags)}.so"
     return make(target, "-shared", *objects, runtime(), *flags)

@@ -89,7 +89,7 @@ def simulated(
         csrc (Path): folder of the sources.
         namespace (str): of the simulated ops; other sources need another one.
         check (bool): False compiles without the checker, for large inputs.
-        schedule: the arguments of :func:`scheduled`.
+        schedule: the arguments of `scheduled`.
     """
     with scheduled(**schedule) as module:
         override = torch.library.Library("detr_fast", "IMPL")
