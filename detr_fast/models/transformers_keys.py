@@ -196,7 +196,11 @@ def to_transformers(
                 )  # safetensors: no shared memory
         else:
             converted[name] = value
-    _refuse(unknown, "transformers' DetrForObjectDetection has nothing of the kind")
+    _refuse(
+        unknown,
+        "transformers' DetrForObjectDetection, a DETR with a ResNet, has nothing of the kind (any "
+        "other becomes .safetensors)",
+    )
     return converted
 
 

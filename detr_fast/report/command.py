@@ -85,7 +85,7 @@ def report(given: dict[str, Any], options: Options) -> Path:
     places = [Path(run).resolve() for run in options.runs]
     folders = [place if place.is_dir() else place.parent for place in places]
     folder = Path(given.pop("output_dir", "") or folders[0])
-    names = run_names([p if p.is_dir() else p.with_suffix("") for p in places])
+    names = run_names(places)
     runs = [_run(name, place, given, options) for name, place in zip(names, places, strict=True)]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"

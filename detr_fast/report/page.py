@@ -86,7 +86,6 @@ def page(runs: Sequence[Run], threshold: float) -> str:
         curves=_source(training_curves_figure(logs)) if logs else None,
         without_log=[run.name for run in runs if not run.records],
         summary=_summary(scored),
-        different=len({_size(run) for run in scored.values()}) > 1,
         precision_recall=_source(precision_recall_figure(results)) if results else None,
         sizes=_source(size_figure(results)) if results else None,
         classes=_classes(results) if len(results) > 1 else None,
@@ -116,7 +115,7 @@ def _size(run: Scored) -> tuple[int, int]:
 
 
 def _summary(scored: dict[str, Scored]) -> dict[str, Any]:
-    """A row for each run; the best number of each column, where there are several."""
+    """A row for each run; the best number of each column, where they can be compared."""
     rows = []
     for name, run in scored.items():
         images, boxes = _size(run)
@@ -131,10 +130,12 @@ def _summary(scored: dict[str, Scored]) -> dict[str, Any]:
             }
         )
     columns = zip(*(row["values"] for row in rows), strict=True)
+    different = len({_size(run) for run in scored.values()}) > 1
     return {
+        "different": different,
         "headings": list(SUMMARIZED),
         "rows": rows,
-        "best": [max(column) if len(rows) > 1 else None for column in columns],
+        "best": [max(column) if len(rows) > 1 and not different else None for column in columns],
     }
 
 

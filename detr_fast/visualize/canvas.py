@@ -92,8 +92,8 @@ def readable(name: str, length: int = 40) -> str:
 
 
 def run_names(paths: Sequence[Path]) -> list[str]:
-    """Short names of runs by their folders: the last part, or the whole path if two are alike."""
-    names = [path.name for path in paths]
+    """Short names of folders and of files in them, or whole paths if two are alike."""
+    names = [p.name if p.is_dir() else f"{p.parent.name}/{p.stem}" for p in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 

@@ -170,7 +170,7 @@ def plot_training_curves(
     """
     files = [log_files] if isinstance(log_files, (str, os.PathLike)) else log_files
     paths = [Path(file).resolve() for file in files]
-    names = run_names([p.parent if p.name == "log.txt" else p.with_suffix("") for p in paths])
+    names = run_names([p.parent if p.name == "log.txt" else p for p in paths])
     figure = training_curves_figure(
         {name: read_log(path) for name, path in zip(names, paths, strict=True)}
     )

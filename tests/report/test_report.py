@@ -91,7 +91,9 @@ def test_runs_scored_on_other_data_are_told_apart(tmp_path, runs):
     warning = "do not compare"
     assert warning not in page(runs, 0.5)
     other = Run("part", [], scored(tmp_path, {1: []}))
-    assert warning in page([runs[0], other], 0.5)
+    html = page([runs[0], other], 0.5)
+    assert warning in html
+    assert 'class="best"' not in html
 
 
 def test_only_a_log_is_a_page_too(runs):
@@ -179,7 +181,7 @@ def test_the_command_evaluates_and_writes(tmp_path, checkpoint, data, capsys):  
     one, two = (folder_of(tmp_path, name, checkpoint) for name in ("one", "two"))
     line = f"--runs {one} {two / 'checkpoint.pth'} {data} --threshold 0.1 --worst 2"
     assert cli.report(line.split()) == 0, capsys.readouterr().err
-    assert capsys.readouterr().out.splitlines()[-1] == f"{one / 'report.html'}: one, checkpoint"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{one / 'report.html'}: one, two/checkpoint"
     html = (one / "report.html").read_text(encoding="utf-8")
     first, second = cells(html, "Summary")
     assert first[3:5] == ["3", "2"]
