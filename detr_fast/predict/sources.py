@@ -6,7 +6,9 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from detr_fast.config import UsageError
-from detr_fast.data.images import UnusableImage, pixels_of, read_upright
+from detr_fast.data.images import UNREADABLE, UnusableImage, pixels_of, read_upright
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 SHAPES = "shapes"  # the generated validation images, where no file or folder has this name
@@ -122,12 +124,19 @@ def _of_video(path: Path) -> Iterator[Source]:
         frames = VideoDecoder(str(path))
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"{path}: cannot be decoded ({str(error).splitlines()[0]})") from error
+    lock = Lock()
     for number in range(len(frames)):
-        yield Source(f"{path}#{number}", f"{path.name}/{number:06}", _frame(frames, number))
+        load = partial(_frame, frames, lock, number)
+        yield Source(f"{path}#{number}", f"{path.name}/{number:06}", load)
 
 
-def _frame(frames: Any, number: int) -> Callable[[], Tensor]:
-    return lambda: frames[number]
+def _frame(frames: Any, lock: Lock, number: int) -> Tensor:
+    with lock:  # two threads at one decoder crash the process
+        try:
+            return frames[number]
+        except (RuntimeError, IndexError) as error:
+            why = f"cannot be decoded ({str(error).splitlines()[0]})"
+            raise UnusableImage(UNREADABLE, why) from error
 
 
 def _generated() -> Iterator[Source]:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of input gives the pixels that a person sees."""
 
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from time import sleep
 from types import ModuleType
 
 import numpy as np
@@ -11,8 +14,9 @@ from PIL import Image
 
 from detr_fast.config import UsageError
 from detr_fast.data.images import UnusableImage, read_upright
-from detr_fast.predict.sources import find_sources, is_one
+from detr_fast.predict.sources import find_sources, is_one, read
 from tests.predict.conftest import turned
+from tests.programs import program
 
 
 def pixels(images):
@@ -128,6 +132,16 @@ class Frames(list):
         if "broken" in path:
             raise RuntimeError("no stream\nmore")
         super().__init__(torch.full((3, 4, 6), number, dtype=torch.uint8) for number in range(3))
+        self.reading = False
+
+    def __getitem__(self, number):
+        assert not self.reading, "two threads at once"
+        self.reading = True
+        sleep(0.02)
+        self.reading = False
+        if number == 2:
+            raise RuntimeError("a torn frame\nmore")
+        return super().__getitem__(number)
 
 
 @pytest.fixture
@@ -144,10 +158,29 @@ def test_frames_of_a_video(tmp_path):
     assert not is_one(clip)
     found = list(find_sources(clip))
     assert [source.file for source in found] == [f"clip.MP4/{number:06}" for number in range(3)]
-    assert [int(source.load().max()) for source in found] == [0, 1, 2]
+    with ThreadPoolExecutor(3) as threads:
+        *images, torn = threads.map(read, found)
+    assert [int(image.max()) for image in images] == [0, 1]
+    assert str(torn) == "cannot be decoded (a torn frame)"
     (tmp_path / "broken.mp4").write_bytes(b"")
     with pytest.raises(UsageError, match=r"cannot be decoded \(no stream\)"):
         list(find_sources(tmp_path / "broken.mp4"))
+
+
+def test_frames_of_a_real_video_in_several_threads(tmp_path):
+    levels = [20 * number for number in range(12)]
+    for number, level in enumerate(levels):
+        picture = np.full((64, 96, 3), (level, 128, 255 - level), dtype=np.uint8)
+        Image.fromarray(picture).save(tmp_path / f"{number:02}.png")
+    clip = tmp_path / "clip.mp4"
+    encode = [program("ffmpeg", "ffmpeg"), "-loglevel", "error", "-i", str(tmp_path / "%02d.png")]
+    subprocess.run([*encode, "-c:v", "mpeg4", "-q:v", "1", str(clip)], check=True)
+    with ThreadPoolExecutor(4) as threads:
+        frames = list(threads.map(read, find_sources(clip)))
+    assert [tuple(frame.shape) for frame in frames] == [(3, 64, 96)] * 12
+    means = torch.stack([frame.float().mean((1, 2)) for frame in frames])
+    wanted = torch.tensor([[level, 128, 255 - level] for level in levels])
+    assert (means - wanted).abs().max() < 12
 
 
 def test_without_torchcodec_the_extra_is_named(tmp_path, monkeypatch):

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A page seen by a headless browser."""
 
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
+from tests.programs import program
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "msedge")
 
@@ -20,20 +18,11 @@ class Seen(NamedTuple):
     console: list[str]
 
 
-def browser():
-    """The program; without one CI fails, and a developer's machine skips."""
-    for name in NAMES:
-        if path := shutil.which(name):
-            return path
-    message = "no Chromium on the path: apt-get install chromium"
-    (pytest.fail if os.environ.get("CI") else pytest.skip)(message)
-
-
 def look(page: Path, screenshot: Path | None = None) -> Seen:
     """Open a page, wait until it is at rest, and note what it writes to the console."""
     profile = page.parent / "browser"
     arguments = [
-        browser(),
+        program("chromium", *NAMES),
         "--headless=new",
         "--no-sandbox",  # which root has to do without
         "--disable-gpu",
