@@ -85,9 +85,9 @@ def report(given: dict[str, Any], options: Options) -> Path:
     places = [Path(run).resolve() for run in options.runs]
     folders = [place if place.is_dir() else place.parent for place in places]
     folder = Path(given.pop("output_dir", "") or folders[0])
+    folder.mkdir(parents=True, exist_ok=True)
     names = run_names(places)
     runs = [_run(name, place, given, options) for name, place in zip(names, places, strict=True)]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.html"
     write_whole(path, page(runs, options.threshold).encode())
     say(f"{path}: {', '.join(names)}")

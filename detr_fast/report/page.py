@@ -106,36 +106,33 @@ def _data(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _size(run: Scored) -> tuple[int, int]:
-    """Images and boxes that a run was scored on."""
-    image_ids = run.result.eval["params"]["imgIds"]
-    return len(image_ids), int(
-        (np.isin(run.truth.owners, image_ids) & (run.truth.crowds == 0)).sum()
-    )
+def _evaluated(run: Scored) -> CocoAnnotations:
+    """What is annotated in the images that a run was scored on."""
+    return run.truth.keep_images(np.isin(run.truth.image_ids, run.result.eval["params"]["imgIds"]))
 
 
 def _summary(scored: dict[str, Scored]) -> dict[str, Any]:
     """A row for each run; the best number of each column, where they can be compared."""
-    rows = []
+    rows, data = [], set()
     for name, run in scored.items():
-        images, boxes = _size(run)
+        truth = _evaluated(run)
+        data.add((truth.image_ids.tobytes(), truth.boxes.tobytes(), truth.labels.tobytes()))
         rows.append(
             {
                 "name": name,
                 "file": run.file.name,
                 "epoch": run.epoch,
-                "images": images,
-                "boxes": boxes,
+                "images": len(truth.image_ids),
+                "boxes": int((truth.crowds == 0).sum()),
                 "values": [run.result.stats[place] for place in SUMMARIZED.values()],
             }
         )
     columns = zip(*(row["values"] for row in rows), strict=True)
-    different = len({_size(run) for run in scored.values()}) > 1
     return {
-        "different": different,
+        "different": len(data) > 1,
         "headings": list(SUMMARIZED),
         "rows": rows,
-        "best": [max(column) if len(rows) > 1 and not different else None for column in columns],
+        "best": [max(column) if len(rows) > 1 == len(data) else None for column in columns],
     }
 
 
@@ -152,7 +149,7 @@ def _classes(results: dict[str, CocoResult]) -> dict[str, Any]:
 
 def _section(name: str, run: Scored) -> dict[str, Any]:
     """What the page says of one evaluated run."""
-    result, errors, truth = run.result, run.errors, run.truth
+    result, errors, truth = run.result, run.errors, _evaluated(run)
     classes = result.class_names
     points, counts = operating_points(result), truth.box_counts()
     table = []

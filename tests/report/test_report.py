@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html import unescape
 
 import numpy as np
@@ -90,10 +91,14 @@ def test_nothing_is_loaded_from_elsewhere(runs):
 def test_runs_scored_on_other_data_are_told_apart(tmp_path, runs):
     warning = "do not compare"
     assert warning not in page(runs, 0.5)
-    other = Run("part", [], scored(tmp_path, {1: []}))
-    html = page([runs[0], other], 0.5)
-    assert warning in html
-    assert 'class="best"' not in html
+    moved = scored(tmp_path)
+    boxes = moved.truth.boxes.copy()
+    boxes[0, 0] += 1
+    moved = moved._replace(truth=replace(moved.truth, boxes=boxes))
+    for other in (scored(tmp_path, {1: []}), moved):
+        html = page([runs[0], Run("other", [], other)], 0.5)
+        assert warning in html
+        assert 'class="best"' not in html
 
 
 def test_only_a_log_is_a_page_too(runs):
